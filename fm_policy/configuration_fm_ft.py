@@ -1,0 +1,267 @@
+"""Configuration of the flow-matching policy: one flat record of everything that a checkpoint depends on."""
+
+from dataclasses import dataclass, field
+
+from lerobot.configs import NormalizationMode, PreTrainedConfig
+from lerobot.optim import AdamWConfig, DiffuserSchedulerConfig
+from lerobot.utils.constants import ACTION
+
+STAGES = ("pretrain",)
+COUPLINGS = ("independent",)
+SOLVER_CALLS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "dopri5": None}
+VELOCITY_NETS = ("unet", "transformer")
+BACKBONES = ("resnet18", "resnet34")
+
+
+@PreTrainedConfig.register_subclass("fm_ft")
+@dataclass
+class FlowMatchingConfig(PreTrainedConfig):
+    """Everything that a flow-matching policy is made of. Fields are only ever added, never renamed.
+
+    Time of a chunk, with `n_obs_steps` = 2, `horizon` = 16, `n_action_steps` = 8 (o: seen, *: predicted,
+    x: executed; the present is step 0):
+
+        step       -1  0  1  2  3  4  5  6  7  8 ... 14
+        observed    o  o
+        predicted   *  *  *  *  *  *  *  *  *  * ...  *
+        executed       x  x  x  x  x  x  x  x
+
+    Args:
+        n_obs_steps: Observations that the policy sees, the present one included.
+        horizon: Actions in a chunk, the first one belonging to the first observation.
+        n_action_steps: Actions executed before the next chunk is computed.
+        drop_n_last_frames: Frames at the end of an episode that training does not start from; None:
+            `horizon - n_action_steps - n_obs_steps + 1`, as in LeRobot's diffusion policy.
+        window_store: Training reads its windows from a memory-mapped copy of the data set that is built
+            once (see `fm_policy.window_store`), instead of LeRobot's loader gathering them frame by frame.
+        normalization_mapping: How each kind of feature is normalised. Actions must end in [-1, 1].
+        action_feature_names: Names of the action's numbers, filled in by LeRobot from the data set.
+        resize_shape: Height and width to which every image is resized first; None: not.
+        crop_shape: Height and width of a crop, taken after resizing; None: none.
+        crop_is_random: The crop is random in training (and central otherwise); False: always central.
+        vision_backbone: torchvision ResNet, `resnet18` or `resnet34`, always from random weights.
+        use_group_norm: GroupNorm instead of BatchNorm, which an average of weights does not suit.
+        spatial_softmax_num_keypoints: Keypoints of a spatial softmax; 0: global average pooling.
+        use_separate_rgb_encoder_per_camera: One encoder for each camera, or one shared by all.
+        velocity_net: `unet` or `transformer`.
+        down_dims: Channels of the U-Net's levels; (256, 512, 1024) is the paper's, (64, 128, 256) suits a CPU.
+        kernel_size: Width of the U-Net's convolutions, odd.
+        n_groups: Groups of the U-Net's group norm; divides every entry of `down_dims`.
+        time_embed_dim: Width of the U-Net's time embedding, even.
+        transformer_dim: Width of the Transformer.
+        transformer_layers: Number of its blocks.
+        transformer_heads: Attention heads; divides `transformer_dim`.
+        transformer_dropout: Dropout probability.
+        stage: `pretrain`: conditional flow matching, eq. (3).
+        coupling: How noise is paired with data: `independent`.
+        solver: ODE solver of inference: `euler`, `midpoint`, `heun`, `rk4` or `dopri5`.
+        num_solver_steps: Steps of a fixed-grid solver from noise to chunk; `dopri5` chooses its own.
+        use_ema: Keep a moving average of the weights, and use it whenever the policy is not training.
+        ema_power: Exponent of the average's warm-up, decay = 1 - update^(-power).
+        ema_max_decay: Upper bound of the decay.
+        optimizer_lr: Peak learning rate of AdamW.
+        optimizer_betas: Its betas.
+        optimizer_weight_decay: Its weight decay.
+        scheduler_name: Schedule of the learning rate, a name of diffusers' `get_scheduler`.
+        scheduler_warmup_steps: Steps of linear warm-up.
+    """
+
+    n_obs_steps: int = 1
+    horizon: int = 16
+    n_action_steps: int = 8
+    drop_n_last_frames: int | None = None
+    window_store: bool = False
+
+    normalization_mapping: dict[str, NormalizationMode] = field(
+        default_factory=lambda: {
+            "VISUAL": NormalizationMode.MEAN_STD,
+            "STATE": NormalizationMode.MIN_MAX,
+            "ENV": NormalizationMode.MIN_MAX,
+            "ACTION": NormalizationMode.MIN_MAX,
+        }
+    )
+    action_feature_names: list[str] | None = None
+    resize_shape: tuple[int, int] | None = None
+    crop_shape: tuple[int, int] | None = None
+    crop_is_random: bool = True
+
+    vision_backbone: str = "resnet18"
+    use_group_norm: bool = True
+    spatial_softmax_num_keypoints: int = 0
+    use_separate_rgb_encoder_per_camera: bool = False
+
+    velocity_net: str = "unet"
+    down_dims: tuple[int, ...] = (256, 512, 1024)
+    kernel_size: int = 5
+    n_groups: int = 8
+    time_embed_dim: int = 256
+    transformer_dim: int = 512
+    transformer_layers: int = 6
+    transformer_heads: int = 8
+    transformer_dropout: float = 0.1
+
+    stage: str = "pretrain"
+    coupling: str = "independent"
+    solver: str = "euler"
+    num_solver_steps: int = 16
+
+    use_ema: bool = True
+    ema_power: float = 0.75
+    ema_max_decay: float = 0.9999
+
+    optimizer_lr: float = 1e-4
+    optimizer_betas: tuple[float, float] = (0.95, 0.999)
+    optimizer_weight_decay: float = 1e-6
+    scheduler_name: str = "cosine"
+    scheduler_warmup_steps: int = 500
+
+    push_to_hub: bool = False  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.drop_n_last_frames is None:
+            self.drop_n_last_frames = max(0, self.horizon - self.n_action_steps - self.n_obs_steps + 1)
+        self._check_choices()
+        self._check_time()
+        self._check_nets()
+        self._check_images()
+        self._check_normalization()
+
+    def _check_choices(self) -> None:
+        choices = {
+            "stage": STAGES,
+            "coupling": COUPLINGS,
+            "solver": tuple(SOLVER_CALLS),
+            "velocity_net": VELOCITY_NETS,
+            "vision_backbone": BACKBONES,
+        }
+        for name, known in choices.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name} must be one of {list(known)}, got {value!r}")
+
+    def _check_time(self) -> None:
+        for name in ("n_obs_steps", "horizon", "n_action_steps", "num_solver_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.drop_n_last_frames < 0:  # type: ignore[operator]
+            raise ValueError(f"drop_n_last_frames must not be negative, got {self.drop_n_last_frames}")
+        if self.n_action_steps > self.chunk_length:
+            raise ValueError(
+                f"n_action_steps={self.n_action_steps} exceeds the {self.chunk_length} actions from the present "
+                f"on that a chunk holds (horizon={self.horizon} - n_obs_steps={self.n_obs_steps} + 1)"
+            )
+
+    def _check_nets(self) -> None:
+        if self.velocity_net == "unet":
+            self._check_unet()
+        elif self.transformer_dim % self.transformer_heads:
+            raise ValueError(
+                f"transformer_dim={self.transformer_dim} must be a multiple of "
+                f"transformer_heads={self.transformer_heads}"
+            )
+        if not 0 <= self.transformer_dropout < 1:
+            raise ValueError(f"transformer_dropout must be in [0, 1), got {self.transformer_dropout}")
+        if not 0 <= self.ema_max_decay <= 1 or self.ema_power <= 0:
+            raise ValueError(
+                f"ema_max_decay must be in [0, 1] and ema_power positive, got {self.ema_max_decay} and {self.ema_power}"
+            )
+
+    def _check_unet(self) -> None:
+        if not self.down_dims:
+            raise ValueError("down_dims needs at least one level, got none")
+        shrink = 2 ** (len(self.down_dims) - 1)
+        if self.horizon % shrink:
+            raise ValueError(
+                f"horizon={self.horizon} must be a multiple of {shrink}: a U-Net of {len(self.down_dims)} levels "
+                f"(down_dims={tuple(self.down_dims)}) halves it {len(self.down_dims) - 1} times"
+            )
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {self.kernel_size}")
+        uneven = [dim for dim in self.down_dims if dim % self.n_groups]
+        if uneven:
+            raise ValueError(f"n_groups={self.n_groups} must divide every entry of down_dims, not {uneven}")
+
+    def _check_images(self) -> None:
+        if self.crop_shape and self.resize_shape:
+            larger = [c > r for c, r in zip(self.crop_shape, self.resize_shape, strict=True)]
+            if any(larger):
+                raise ValueError(f"crop_shape={self.crop_shape} must fit into resize_shape={self.resize_shape}")
+        if self.spatial_softmax_num_keypoints < 0:
+            raise ValueError(
+                f"spatial_softmax_num_keypoints must not be negative, got {self.spatial_softmax_num_keypoints}"
+            )
+
+    def _check_normalization(self) -> None:
+        # LeRobot leaves a kind that is not named here unnormalised, without a word.
+        missing = {"VISUAL", "STATE", "ENV", "ACTION"} - set(self.normalization_mapping)
+        if missing:
+            raise ValueError(f"normalization_mapping lacks {sorted(missing)}: name every kind of feature")
+
+    @property
+    def chunk_length(self) -> int:
+        """Predicted actions from the present on."""
+        return self.horizon - self.n_obs_steps + 1
+
+    @property
+    def nfe(self) -> int | None:
+        """Calls of the velocity net per chunk; None for the adaptive `dopri5`."""
+        calls = SOLVER_CALLS[self.solver]
+        return None if calls is None else calls * self.num_solver_steps
+
+    @property
+    def observation_delta_indices(self) -> list[int] | None:
+        """Steps of the observations in a window, relative to the present; None: the window store has them."""
+        return None if self.window_store else self.observation_window
+
+    @property
+    def action_delta_indices(self) -> list[int] | None:
+        """Steps of the actions in a window, relative to the present; None: the window store has them."""
+        return None if self.window_store else self.action_window
+
+    @property
+    def observation_window(self) -> list[int]:
+        """Steps of the observations, `[1 - n_obs_steps, ..., 0]`."""
+        return list(range(1 - self.n_obs_steps, 1))
+
+    @property
+    def action_window(self) -> list[int]:
+        """Steps of the actions, `horizon` of them from the first observation on."""
+        return list(range(1 - self.n_obs_steps, 1 - self.n_obs_steps + self.horizon))
+
+    @property
+    def reward_delta_indices(self) -> None:
+        """Rewards are not used."""
+        return None
+
+    def get_optimizer_preset(self) -> AdamWConfig:
+        """AdamW with the fields above."""
+        return AdamWConfig(
+            lr=self.optimizer_lr,
+            betas=self.optimizer_betas,
+            weight_decay=self.optimizer_weight_decay,
+            eps=1e-8,
+            grad_clip_norm=10.0,
+        )
+
+    def get_scheduler_preset(self) -> DiffuserSchedulerConfig:
+        """The schedule named above."""
+        return DiffuserSchedulerConfig(name=self.scheduler_name, num_warmup_steps=self.scheduler_warmup_steps)
+
+    def validate_features(self) -> None:
+        """Check that there is something to observe and one action to predict.
+
+        Raises:
+            ValueError: If not, or if an image is smaller than the crop.
+        """
+        if self.action_feature is None:
+            raise ValueError(f"the policy needs the output feature '{ACTION}', got {list(self.output_features or {})}")
+        if not (self.image_features or self.robot_state_feature or self.env_state_feature):
+            raise ValueError(
+                "the policy needs an image, 'observation.state' or 'observation.environment_state' to observe, "
+                f"got {list(self.input_features or {})}"
+            )
+        for name, feature in self.image_features.items():
+            height_width = self.resize_shape or feature.shape[1:]
+            if self.crop_shape and any(c > s for c, s in zip(self.crop_shape, height_width, strict=True)):
+                raise ValueError(f"crop_shape={self.crop_shape} is larger than '{name}' of {tuple(height_width)}")

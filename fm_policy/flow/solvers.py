@@ -1,0 +1,115 @@
+"""ODE solvers: dx/dt = v(t, x) from t = 0 (noise) to t = 1 (data).
+
+Fixed grids are ours, one small function per scheme: they cost nothing but calls of v, they are
+differentiable as they stand, and what is trained through is what the robot runs. The adaptive `dopri5`
+is torchdiffeq's; its steps are chosen for a batch as a whole, so its rows are not independent.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+Velocity = Callable[[float | Tensor, Tensor], Tensor]
+"""v(t, x) with a scalar t in [0, 1] and x `(B, ...)`; returns the shape of x."""
+
+Step = Callable[[Velocity, float, float, Tensor], Tensor]
+
+
+def euler_step(v: Velocity, t: float, h: float, x: Tensor) -> Tensor:
+    """Euler's rule, x + h v(t, x)."""
+    return x + h * v(t, x)
+
+
+def midpoint_step(v: Velocity, t: float, h: float, x: Tensor) -> Tensor:
+    """The explicit midpoint rule."""
+    return x + h * v(t + h / 2, x + h / 2 * v(t, x))
+
+
+def heun_step(v: Velocity, t: float, h: float, x: Tensor) -> Tensor:
+    """Heun's rule: the mean of the slopes at both ends."""
+    k1 = v(t, x)
+    k2 = v(t + h, x + h * k1)
+    return x + h / 2 * (k1 + k2)
+
+
+def rk4_step(v: Velocity, t: float, h: float, x: Tensor) -> Tensor:
+    """The classical Runge-Kutta rule."""
+    k1 = v(t, x)
+    k2 = v(t + h / 2, x + h / 2 * k1)
+    k3 = v(t + h / 2, x + h / 2 * k2)
+    k4 = v(t + h, x + h * k3)
+    return x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+
+
+class Scheme(NamedTuple):
+    """A fixed-grid scheme: its step, its order of convergence and its calls of v per step."""
+
+    step: Step
+    order: int
+    calls: int
+
+
+SCHEMES = {
+    "euler": Scheme(euler_step, order=1, calls=1),
+    "midpoint": Scheme(midpoint_step, order=2, calls=2),
+    "heun": Scheme(heun_step, order=2, calls=2),
+    "rk4": Scheme(rk4_step, order=4, calls=4),
+}
+SOLVERS = (*SCHEMES, "dopri5")
+
+
+class CountedVelocity:
+    """A velocity that counts its calls (NFE)."""
+
+    def __init__(self, v: Velocity) -> None:
+        self.v = v
+        self.calls = 0
+
+    def __call__(self, t: float | Tensor, x: Tensor) -> Tensor:
+        """Count, and call v."""
+        self.calls += 1
+        return self.v(t, x)
+
+
+def integrate(v: Velocity, x0: Tensor, solver: str, num_steps: int, tolerance: float = 1e-5) -> Tensor:
+    """Carry x0 from t = 0 to t = 1 along v.
+
+    Args:
+        v: Velocity field.
+        x0: Start, `(B, ...)`.
+        solver: One of `SOLVERS`.
+        num_steps: Number of equal steps of a fixed-grid scheme, at least 1; `dopri5` chooses its own.
+        tolerance: Relative and absolute tolerance of `dopri5`.
+
+    Raises:
+        ValueError: If the solver is unknown or num_steps is below 1.
+    """
+    if solver == "dopri5":
+        return _integrate_dopri5(v, x0, tolerance)
+    step = _scheme(solver).step
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    h = 1.0 / num_steps
+    x = x0
+    for n in range(num_steps):
+        x = step(v, n * h, h, x)
+    return x
+
+
+def calls_per_step(solver: str) -> int:
+    """Calls of v in one step of a fixed-grid scheme."""
+    return _scheme(solver).calls
+
+
+def _scheme(solver: str) -> Scheme:
+    if solver not in SCHEMES:
+        raise ValueError(f"unknown fixed-grid solver {solver!r}: expected one of {list(SCHEMES)}")
+    return SCHEMES[solver]
+
+
+def _integrate_dopri5(v: Velocity, x0: Tensor, tolerance: float) -> Tensor:
+    from torchdiffeq import odeint
+
+    ends = x0.new_tensor([0.0, 1.0])
+    return odeint(v, x0, ends, method="dopri5", rtol=tolerance, atol=tolerance)[-1]

@@ -1,0 +1,67 @@
+"""The model card that lies beside every checkpoint."""
+
+from pathlib import Path
+
+from fm_policy.configuration_fm_ft import FlowMatchingConfig
+
+TEMPLATE = """---
+library_name: lerobot
+pipeline_tag: robotics
+license: {license}
+tags: [lerobot, robotics, flow-matching, fm_ft]
+---
+
+# Flow-matching policy (`fm_ft`, stage `{stage}`)
+
+{data}
+
+| | |
+|---|---|
+| observes | {observes} (history of {n_obs_steps}) |
+| predicts | {predicts}, a chunk of {horizon}, {n_action_steps} executed |
+| velocity net | {velocity_net} |
+| solver | {solver}, {nfe} network calls per chunk |
+| coupling | {coupling} |
+| moving average of weights | {use_ema} |
+
+```python
+import lerobot_policy_fm_ft  # registers the type
+from fm_policy.modeling_fm_ft import FlowMatchingPolicy
+from lerobot.policies.factory import make_pre_post_processors
+
+policy = FlowMatchingPolicy.from_pretrained("path/to/this/folder")
+preprocessor, postprocessor = make_pre_post_processors(policy.config, "path/to/this/folder")
+```
+
+Made with `lerobot_policy_fm_ft` for LeRobot. No evaluation is implied by this card.
+"""
+
+
+def write(config: FlowMatchingConfig, folder: Path) -> None:
+    """Write `README.md` of a checkpoint into its folder."""
+    (folder / "README.md").write_text(render(config))
+
+
+def render(config: FlowMatchingConfig) -> str:
+    """The card's text."""
+    meta = getattr(config, "_runtime_dataset_meta", None)
+    data = f"Trained on `{meta.repo_id}`: {meta.total_episodes} episodes, {meta.total_frames} frames." if meta else ""
+    return TEMPLATE.format(
+        license=config.license or "apache-2.0",
+        stage=config.stage,
+        data=data,
+        observes=_features(config.input_features),
+        predicts=_features(config.output_features),
+        n_obs_steps=config.n_obs_steps,
+        horizon=config.horizon,
+        n_action_steps=config.n_action_steps,
+        velocity_net=config.velocity_net,
+        solver=config.solver,
+        nfe=config.nfe or "adaptively many",
+        coupling=config.coupling,
+        use_ema="yes" if config.use_ema else "no",
+    )
+
+
+def _features(features: dict | None) -> str:
+    return ", ".join(f"`{name}` {tuple(feature.shape)}" for name, feature in (features or {}).items())

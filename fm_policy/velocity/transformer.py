@@ -1,0 +1,82 @@
+"""Transformer over the time steps of a chunk, conditioned by adaptive layer norm (Peebles & Xie 2023)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from fm_policy.velocity.interface import TimeEmbedding, VelocityNet
+
+
+class AdaptiveBlock(nn.Module):
+    """Self-attention and MLP, each shifted, scaled and gated by the condition; starts as the identity."""
+
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.merge = nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Dropout(dropout), nn.Linear(4 * dim, dim)
+        )
+        self.drop = nn.Dropout(dropout)
+        self.modulation = nn.Linear(dim, 6 * dim)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """Transform x `(B, T, dim)` under cond `(B, dim)`, already activated."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond).unsqueeze(1).chunk(6, dim=-1)
+        x = x + gate1 * self.drop(self._attend(torch.addcmul(shift1, 1 + scale1, self.norm(x))))
+        return x + gate2 * self.drop(self.mlp(torch.addcmul(shift2, 1 + scale2, self.norm(x))))
+
+    def _attend(self, x: Tensor) -> Tensor:
+        batch, length, dim = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return self.merge(mixed.transpose(1, 2).reshape(batch, length, dim))
+
+
+class Transformer(VelocityNet):
+    """A small diffusion transformer as a velocity net.
+
+    Args:
+        action_dim: Numbers per action.
+        obs_dim: Observation features.
+        horizon: Time steps of a chunk.
+        dim: Width.
+        layers: Number of blocks.
+        heads: Attention heads; must divide `dim`.
+        dropout: Dropout probability in attention, MLP and residuals.
+    """
+
+    def __init__(
+        self,
+        action_dim: int,
+        obs_dim: int,
+        horizon: int,
+        dim: int = 512,
+        layers: int = 6,
+        heads: int = 8,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.time_embedding = TimeEmbedding(dim)
+        self.obs_embedding = nn.Linear(obs_dim, dim)
+        self.activation = nn.SiLU()
+        self.embed = nn.Linear(action_dim, dim)
+        self.position = nn.Parameter(0.02 * torch.randn(1, horizon, dim))
+        self.blocks = nn.ModuleList(AdaptiveBlock(dim, heads, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+        self.out = nn.Linear(dim, action_dim)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, t: float | Tensor, x: Tensor, o: Tensor) -> Tensor:
+        """See `VelocityNet.forward`."""
+        cond = self.activation(self.time_embedding(t, len(x)) + self.obs_embedding(o))
+        h = self.embed(x) + self.position
+        for block in self.blocks:
+            h = block(h, cond)
+        return self.out(self.norm(h))

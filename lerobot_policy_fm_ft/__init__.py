@@ -1,0 +1,6 @@
+"""The door that LeRobot knocks on: importing this registers the policy `fm_ft` and the tasks, nothing heavy."""
+
+import env_configs  # noqa: F401
+from fm_policy.configuration_fm_ft import FlowMatchingConfig
+
+__all__ = ["FlowMatchingConfig"]

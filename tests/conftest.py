@@ -1,0 +1,22 @@
+"""Fixtures shared by all rooms."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# Before LeRobot is imported: tests must not fill the user's own home with data sets and window stores.
+os.environ["HF_LEROBOT_HOME"] = tempfile.mkdtemp(prefix="lerobot-home-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def fm_data() -> Path:
+    """The folder of real demonstrations: `FM_DATA`, by default `../shared/data` beside the repository."""
+    folder = Path(os.environ.get("FM_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"real demonstrations not found in {folder}: set FM_DATA to their folder")
+    return folder

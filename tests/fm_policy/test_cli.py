@@ -1,0 +1,248 @@
+"""The program `lerobot`: what its words stand for, what it refuses, and which data it takes."""
+
+import json
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fm_policy import cli, recipes
+
+SUGAR = ["train", "policy=fm_ft", "env=pusht"]
+NAMED = ["--dataset.repo_id=me/mine"]
+RECIPES = recipes.available()
+STATE_RECIPE = RECIPES[recipes.RecipeKey("pusht", "state")]
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """An empty LeRobot home, and no FM_DATA."""
+    monkeypatch.delenv("FM_DATA", raising=False)
+    monkeypatch.setattr("lerobot.utils.constants.HF_LEROBOT_HOME", tmp_path / "home")
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def conversions(monkeypatch) -> list[list[str]]:
+    """Stands for the converter, which takes half a minute: notes its calls and writes the data set's card."""
+    calls = []
+
+    def convert(arguments: list[str]) -> int:
+        calls.append(arguments)
+        options = dict(argument.removeprefix("--").split("=") for argument in arguments[1:])
+        seen = {"state": "observation.environment_state", "image": "observation.image"}[options["obs"]]
+        write_card(Path(options["root"]), ["observation.state", seen, "action"])
+        return 0
+
+    monkeypatch.setattr("env_configs.demos.__main__.main", convert)
+    return calls
+
+
+def write_card(root: Path, features: list[str]) -> None:
+    (root / "meta").mkdir(parents=True)
+    (root / "meta" / "info.json").write_text(json.dumps({"features": {name: {} for name in features}}))
+
+
+def human_demos(folder: Path, content: bytes = b"demonstrations") -> Path:
+    source = folder / cli.HUMAN_DEMOS["pusht"]
+    source.parent.mkdir(parents=True, exist_ok=True)
+    source.write_bytes(content)
+    return source
+
+
+def value(command: list[str], flag: str) -> str | None:
+    return cli._value_of(command, flag)
+
+
+# What the words stand for
+
+
+def test_every_program_of_lerobot_is_reached_with_its_arguments_unchanged():
+    names = [name for name in cli.programs() if name != "lerobot"]
+    assert {"lerobot-train", "lerobot-eval", "lerobot-rollout", "lerobot-train-tokenizer"} <= set(names)
+    arguments = ["--policy.path=x", "a=b", "--flag", "value"]
+    for name in set(names) - {"lerobot-train"}:
+        assert cli.expand([name.removeprefix("lerobot-"), *arguments]) == [name, *arguments]
+
+
+def test_train_without_words_is_left_alone():
+    flags = ["--config_path=run/train_config.json", "--resume", "true", "--steps=7"]
+    assert cli.expand(["train", *flags]) == ["lerobot-train", *flags]
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        ([], ("pusht", "state", "unet")),
+        (["stage=pretrain", "obs=state", "net=unet"], ("pusht", "state", "unet")),
+        (["net=transformer"], ("pusht", "state", "transformer")),
+        (["obs=image"], ("pusht", "image", "unet")),
+        (["net=paper", "obs=image"], ("pusht", "image", "paper")),
+    ],
+)
+def test_words_choose_the_recipe(words, key):
+    command = cli.expand([*SUGAR, *words, *NAMED])
+    assert command[0] == "lerobot-train"
+    assert value(command, "config_path") == str(RECIPES[recipes.RecipeKey(*key)])
+
+
+def test_flags_come_last_wherever_they_stood_between_the_words():
+    command = cli.expand(["train", "--steps", "10", "policy=fm_ft", "--seed=-3", "env=pusht", *NAMED])
+    assert command[-4:] == ["--steps", "10", "--seed=-3", *NAMED]
+    assert command.index(f"--config_path={STATE_RECIPE}") < command.index("--steps")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], None),
+        (["--steps=10"], "10"),
+        (["--steps", "10"], "10"),
+        (["--steps=10", "--steps=20"], "20"),
+        (["--steps=10", "--env_eval_freq=0"], "0"),
+    ],
+)
+def test_the_closing_evaluation_stays_at_the_end(flags, expected):
+    assert value(cli.expand([*SUGAR, *flags, *NAMED]), "env_eval_freq") == expected
+
+
+def test_the_whole_command_is_printed(capsys):
+    command = cli.expand([*SUGAR, "--job_name=two words", *NAMED])
+    assert capsys.readouterr().out.splitlines()[-1].split(" ", 1)[0] == command[0]
+    cli.expand([*SUGAR, "--job_name=two words", *NAMED])
+    assert "'--job_name=two words'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_asks_for_no_data(flag, home, conversions, capsys):
+    assert cli.expand([*SUGAR, flag]) == ["lerobot-train", f"--config_path={STATE_RECIPE}", flag]
+    assert cli.main([flag]) == 0
+    assert "lerobot train policy=fm_ft env=pusht" in capsys.readouterr().out
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], r"say which program to run: .*eval.*train"),
+        (["foo"], r"unknown program 'foo' \(known: .*eval.*train"),
+        (["trian"], r"unknown program 'trian', did you mean 'train'\?"),
+        (["train", "polcy=fm_ft"], r"unknown word 'polcy', did you mean 'policy'\? \(known: policy, env"),
+        ([*SUGAR, "steps=10"], r"unknown word 'steps' \(known: .*LeRobot's own flags start with two dashes"),
+        ([*SUGAR, "now"], r"unknown word 'now' \(known: policy, env, obs, net, stage"),
+        ([*SUGAR, "obs=state", "obs=image"], r"'obs' is said twice: obs=state and obs=image"),
+        (["train", "env=pusht"], r"env=pusht lacks the word policy="),
+        (["train", "policy=fm_ft"], r"policy=fm_ft lacks the word env="),
+        (["train", "policy=act", "env=pusht"], r"unknown policy 'act' \(known: fm_ft; .*--policy\.type"),
+        (["train", "policy=fm_ft", "env=nope"], r"unknown env 'nope' \(known: pusht\)"),
+        ([*SUGAR, "obs=imgae"], r"unknown obs 'imgae', did you mean 'image'\? \(known: image, state\)"),
+        ([*SUGAR, "net=mlp"], r"unknown net 'mlp' \(known: paper, transformer, unet\)"),
+        ([*SUGAR, "stage=finetune"], r"unknown stage 'finetune' \(known: pretrain\)"),
+        ([*SUGAR, "obs=image", "net=transformer"], r"no recipe for env=pusht obs=image net=transformer \("),
+        ([*SUGAR, "--config_path=x.json"], r"--config_path and the words policy=fm_ft env=pusht both name"),
+    ],
+)
+def test_words_that_do_not_say_what_to_do_are_refused(words, message):
+    with pytest.raises(cli.UsageError, match=message):
+        cli.expand(words)
+
+
+def test_a_refusal_is_one_line_and_status_2(capsys):
+    assert cli.main(["train", "policy=fm_ft", "env=nope"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == "lerobot: unknown env 'nope' (known: pusht)\n"
+    assert captured.out == ""
+
+
+# Data
+
+
+@pytest.mark.parametrize("flags", [["--dataset.repo_id=me/mine"], ["--dataset.root", "mine"]])
+def test_a_named_data_set_is_left_alone(flags, home, conversions, tmp_path, monkeypatch, capsys):
+    human_demos(tmp_path)
+    monkeypatch.setenv("FM_DATA", str(tmp_path))
+    assert cli.expand([*SUGAR, *flags]) == ["lerobot-train", f"--config_path={STATE_RECIPE}", *flags]
+    assert conversions == []
+    assert "mine, as --dataset." in capsys.readouterr().out
+
+
+def test_human_demonstrations_are_converted_once(home, conversions, tmp_path, monkeypatch, capsys):
+    source = human_demos(tmp_path)
+    monkeypatch.setenv("FM_DATA", str(tmp_path))
+    first = cli.expand(SUGAR)
+    root = value(first, "dataset.root")
+    assert conversions == [["pusht", f"--source={source}", f"--root={root}", "--obs=state"]]
+    assert Path(root).parent == home / "fm_ft"
+    assert value(first, "dataset.repo_id") == f"local/{Path(root).name}"
+    assert f"the human demonstrations of {source}" in capsys.readouterr().out
+    assert cli.expand(SUGAR) == first
+    assert len(conversions) == 1
+
+
+def test_another_file_or_observation_is_another_data_set(home, conversions, tmp_path, monkeypatch):
+    monkeypatch.setenv("FM_DATA", str(tmp_path))
+    roots = set()
+    for content, words in [(b"one", SUGAR), (b"one", [*SUGAR, "obs=image"]), (b"two", SUGAR)]:
+        human_demos(tmp_path, content)
+        roots.add(value(cli.expand(words), "dataset.root"))
+    assert len(roots) == len(conversions) == 3
+
+
+def test_a_conversion_that_fails_stops_the_training(home, tmp_path, monkeypatch):
+    source = human_demos(tmp_path, b"not a zarr store")
+    monkeypatch.setenv("FM_DATA", str(tmp_path))
+    with pytest.raises(cli.UsageError, match=f"{source} could not be converted"):
+        cli.expand(SUGAR)
+    assert list(home.rglob("info.json")) == []
+
+
+@pytest.mark.parametrize("fm_data", [None, "empty"])
+def test_without_human_demonstrations_the_shipped_ones_serve(fm_data, home, tmp_path, monkeypatch, capsys):
+    from fm_policy.assets import default_demos
+
+    if fm_data:
+        monkeypatch.setenv("FM_DATA", str(tmp_path))
+    command = cli.expand(SUGAR)
+    assert value(command, "dataset.root") == str(default_demos())
+    reason = f"FM_DATA={tmp_path} holds none" if fm_data else "FM_DATA is not set"
+    assert reason in capsys.readouterr().out
+
+
+def test_demonstrations_without_the_recipes_observations_are_refused(home, tmp_path, monkeypatch):
+    write_card(tmp_path / "demos", ["observation.state", "action"])
+    monkeypatch.setattr("fm_policy.assets.default_demos", lambda: tmp_path / "demos")
+    with pytest.raises(cli.UsageError, match=r"lacks observation\.image, from which pusht_image learns"):
+        cli.expand([*SUGAR, "obs=image"])
+
+
+def test_a_missing_simulator_is_refused_before_the_training_and_not_after_it(monkeypatch):
+    monkeypatch.setattr("env_configs.doctor.missing", lambda extra: [f"the simulator of {extra} is missing"])
+    with pytest.raises(cli.UsageError, match=r"the simulator of pusht is missing.*--env_eval_freq=0"):
+        cli.expand([*SUGAR, *NAMED])
+    assert cli.expand([*SUGAR, "--env_eval_freq=0", *NAMED])[0] == "lerobot-train"
+
+
+# Handing over
+
+
+def test_a_program_sees_its_own_arguments_and_its_status_is_returned(monkeypatch):
+    seen = []
+    program = SimpleNamespace(load=lambda: lambda: seen.append(list(sys.argv)) or 3)
+    monkeypatch.setattr(cli, "programs", lambda: {"lerobot-info": program})
+    before = list(sys.argv)
+    assert cli.main(["info", "--x=1"]) == 3
+    assert seen == [["lerobot-info", "--x=1"]]
+    assert sys.argv == before
+
+
+def test_steps_aside_for_a_lerobot_program_of_lerobot(monkeypatch):
+    theirs = EntryPoint("lerobot", "lerobot.cli:main", "console_scripts")
+    known = cli.programs() | {"lerobot": theirs}
+    monkeypatch.setattr(cli, "programs", lambda: known)
+    for words in ([], ["--help"], ["foo"], ["eval", "--x"], ["train", "policy=act"], ["train", "--steps=1"]):
+        assert cli.expand(words) == ["lerobot", *words]
+    assert cli.expand([*SUGAR, *NAMED])[0] == "lerobot-train"

@@ -1,0 +1,90 @@
+"""The configuration: arithmetic of time, what LeRobot reads, and every refusal by name."""
+
+import pytest
+from lerobot.configs import FeatureType, PolicyFeature
+
+
+def test_default_configuration_fits_lerobots_contract(tiny):
+    config = tiny.config()
+    assert config.type == "fm_ft"
+    assert config.push_to_hub is False
+    assert config.reward_delta_indices is None
+    assert config.get_optimizer_preset().lr == 1e-4
+    assert config.get_scheduler_preset().num_warmup_steps == 500
+
+
+@pytest.mark.parametrize(
+    ("n_obs_steps", "observed", "first_and_last_action", "chunk", "dropped"),
+    [(1, [0], (0, 15), 16, 8), (2, [-1, 0], (-1, 14), 15, 7)],
+)
+def test_time_of_a_chunk(tiny, n_obs_steps, observed, first_and_last_action, chunk, dropped):
+    config = tiny.config(n_obs_steps=n_obs_steps)
+    assert config.observation_delta_indices == observed
+    actions = config.action_delta_indices
+    assert (actions[0], actions[-1]) == first_and_last_action
+    assert len(actions) == config.horizon
+    assert config.chunk_length == chunk
+    assert config.drop_n_last_frames == dropped
+
+
+def test_the_window_store_asks_lerobot_for_single_frames(tiny):
+    config = tiny.config(window_store=True)
+    assert config.observation_delta_indices is None
+    assert config.action_delta_indices is None
+    assert len(config.action_window) == 16
+
+
+@pytest.mark.parametrize(
+    ("solver", "steps", "nfe"), [("euler", 16, 16), ("heun", 2, 4), ("rk4", 3, 12), ("dopri5", 9, None)]
+)
+def test_nfe(tiny, solver, steps, nfe):
+    assert tiny.config(solver=solver, num_solver_steps=steps).nfe == nfe
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stage": "finetun"}, "stage must be one of .* got 'finetun'"),
+        ({"coupling": "ot"}, "coupling must be one of .* got 'ot'"),
+        ({"solver": "ddim"}, "solver must be one of .* got 'ddim'"),
+        ({"velocity_net": "mlp"}, "velocity_net must be one of .* got 'mlp'"),
+        ({"vision_backbone": "vit"}, "vision_backbone must be one of .* got 'vit'"),
+        ({"n_obs_steps": 0}, "n_obs_steps must be at least 1, got 0"),
+        ({"num_solver_steps": 0}, "num_solver_steps must be at least 1, got 0"),
+        ({"n_action_steps": 17}, "n_action_steps=17 exceeds the 16 actions"),
+        ({"n_action_steps": 16, "n_obs_steps": 2}, "n_action_steps=16 exceeds the 15 actions"),
+        ({"drop_n_last_frames": -1}, "drop_n_last_frames must not be negative, got -1"),
+        ({"horizon": 15}, "horizon=15 must be a multiple of 2"),
+        ({"down_dims": ()}, "at least one level"),
+        ({"kernel_size": 4}, "kernel_size must be odd, got 4"),
+        ({"down_dims": (16, 30)}, r"n_groups=4 must divide every entry of down_dims, not \[30\]"),
+        ({"velocity_net": "transformer", "transformer_heads": 3}, "multiple of transformer_heads=3"),
+        ({"transformer_dropout": 1.0}, "transformer_dropout must be in"),
+        ({"ema_max_decay": 1.5}, "ema_max_decay must be in .* got 1.5"),
+        ({"crop_shape": (40, 40), "resize_shape": (32, 32)}, "must fit into resize_shape"),
+        ({"spatial_softmax_num_keypoints": -1}, "must not be negative, got -1"),
+        ({"normalization_mapping": {"STATE": "MIN_MAX"}}, r"lacks \['ACTION', 'ENV', 'VISUAL'\]"),
+    ],
+)
+def test_impossible_values_are_refused_by_name(tiny, changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"output_features": {}}, "needs the output feature 'action'"),
+        ({"input_features": {}}, "needs an image"),
+        (
+            {
+                "input_features": {"observation.image": PolicyFeature(FeatureType.VISUAL, (3, 32, 32))},
+                "crop_shape": (48, 48),
+            },
+            "is larger than 'observation.image'",
+        ),
+    ],
+)
+def test_features_that_do_not_fit_are_refused(tiny, changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.policy(**changes)

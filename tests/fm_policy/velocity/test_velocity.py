@@ -1,0 +1,124 @@
+"""Velocity nets: sizes, LeRobot's U-Net with the same weights, conditioning, time."""
+
+import pytest
+import torch
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
+from lerobot.policies.diffusion.modeling_diffusion import DiffusionConditionalUnet1d
+from torch import nn
+
+from fm_policy.velocity import Transformer, Unet1d
+from fm_policy.velocity.interface import TimeEmbedding
+
+ACTION_DIM, OBS_DIM, HORIZON = 3, 7, 16
+
+
+def small_nets() -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    nets = {
+        "unet": Unet1d(ACTION_DIM, OBS_DIM, (16, 32), kernel_size=3, n_groups=4, time_embed_dim=8),
+        "transformer": Transformer(ACTION_DIM, OBS_DIM, HORIZON, dim=16, layers=2, heads=2, dropout=0.1),
+    }
+    for parameter in nets["transformer"].parameters():  # away from its start, where it is zero
+        nn.init.normal_(parameter, std=0.2)
+    return {name: net.eval() for name, net in nets.items()}
+
+
+@pytest.mark.parametrize(
+    ("action_dim", "obs_dim", "millions"),
+    [(9, 60, 66.08), (20, 50, 65.96), (2, 514, 72.58), (2, 2 * 514, 79.95)],
+    ids=["kitchen", "transport", "pusht", "pusht-2-steps"],
+)
+def test_the_papers_unet_has_the_papers_size(action_dim, obs_dim, millions):
+    with torch.device("meta"):
+        net = Unet1d(action_dim, obs_dim)
+    assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+def test_unet_computes_what_lerobots_computes():
+    config = DiffusionConfig(
+        down_dims=(16, 32, 64),
+        diffusion_step_embed_dim=8,
+        n_groups=4,
+        output_features={"action": PolicyFeature(FeatureType.ACTION, (ACTION_DIM,))},
+        device="cpu",
+    )
+    torch.manual_seed(0)
+    theirs = DiffusionConditionalUnet1d(config, OBS_DIM)
+    ours = Unet1d(ACTION_DIM, OBS_DIM, (16, 32, 64), kernel_size=5, n_groups=8, time_embed_dim=8)
+    # LeRobot applies n_groups inside its blocks only and leaves 8 at the last one: use 8 throughout.
+    theirs = DiffusionConditionalUnet1d(_with_groups(config, 8), OBS_DIM)
+    _copy_weights(theirs, ours)
+    x, o = torch.randn(5, HORIZON, ACTION_DIM), torch.randn(5, OBS_DIM)
+    steps = torch.tensor([0, 1, 37, 500, 999])
+    with torch.no_grad():
+        expected = theirs(x, steps, global_cond=o)
+        torch.testing.assert_close(ours(steps / 1000, x, o), expected, rtol=1e-4, atol=1e-5)
+
+
+def _with_groups(config: DiffusionConfig, n_groups: int) -> DiffusionConfig:
+    config.n_groups = n_groups
+    return config
+
+
+def _copy_weights(theirs: nn.Module, ours: Unet1d) -> None:
+    """Copy by the order in which the data passes through the modules, block by block."""
+    pairs = [(theirs.diffusion_step_encoder[1], ours.time_embedding.mlp[0])]
+    pairs += [(theirs.diffusion_step_encoder[3], ours.time_embedding.mlp[2])]
+    blocks = [(m[i], o[i]) for m, o in zip(theirs.down_modules, ours.down, strict=True) for i in (0, 1)]
+    blocks += list(zip(theirs.mid_modules, ours.middle, strict=True))
+    blocks += [(m[i], o[i]) for m, o in zip(theirs.up_modules, ours.up, strict=True) for i in (0, 1)]
+    for block, mine in blocks:
+        pairs += [(block.conv1.block[i], mine.first[i]) for i in (0, 1)]
+        pairs += [(block.conv2.block[i], mine.second[i]) for i in (0, 1)]
+        pairs += [(block.cond_encoder[1], mine.film), (block.residual_conv, mine.skip)]
+    pairs += [(m[2], o) for m, o in zip(theirs.down_modules, ours.shrink, strict=False)]
+    pairs += [(m[2], o) for m, o in zip(theirs.up_modules, ours.grow, strict=True)]
+    pairs += [(theirs.final_conv[0].block[i], ours.out[0][i]) for i in (0, 1)]
+    pairs += [(theirs.final_conv[1], ours.out[1])]
+    for source, target in pairs:
+        target.load_state_dict(source.state_dict())
+    copied = sum(p.numel() for _, target in pairs for p in target.parameters())
+    assert copied == sum(p.numel() for p in ours.parameters())
+
+
+@pytest.mark.parametrize("name", ["unet", "transformer"])
+class TestInterface:
+    def test_shape_and_batch_equals_loop(self, name):
+        net = small_nets()[name]
+        x, o, t = torch.randn(4, HORIZON, ACTION_DIM), torch.randn(4, OBS_DIM), torch.rand(4)
+        with torch.no_grad():
+            v = net(t, x, o)
+            rows = torch.cat([net(t[i : i + 1], x[i : i + 1], o[i : i + 1]) for i in range(4)])
+        assert v.shape == x.shape
+        torch.testing.assert_close(v, rows, rtol=1e-4, atol=1e-5)
+
+    def test_scalar_time_equals_a_batch_of_that_time(self, name):
+        net = small_nets()[name]
+        x, o = torch.randn(3, HORIZON, ACTION_DIM), torch.randn(3, OBS_DIM)
+        with torch.no_grad():
+            expected = net(torch.full((3,), 0.25), x, o)
+            torch.testing.assert_close(net(0.25, x, o), expected)
+            torch.testing.assert_close(net(torch.tensor(0.25), x, o), expected)
+
+    def test_depends_on_time_and_on_observation(self, name):
+        net = small_nets()[name]
+        x, o = torch.randn(2, HORIZON, ACTION_DIM), torch.randn(2, OBS_DIM)
+        with torch.no_grad():
+            v = net(0.3, x, o)
+            assert (v - net(0.31, x, o)).abs().max() > 1e-4
+            assert (v - net(0.3, x, o + 0.1)).abs().max() > 1e-4
+
+
+def test_time_embedding_tells_close_times_apart():
+    embedding = TimeEmbedding(32)
+    angles = torch.tensor([0.5, 0.5 + 1 / 64])[:, None] * embedding.frequencies
+    features = torch.cat([angles.sin(), angles.cos()], dim=1)
+    assert (features[0] - features[1]).norm() > 1  # unscaled times would differ by less than 0.02
+    with pytest.raises(ValueError, match="even dimension of at least 4, got 7"):
+        TimeEmbedding(7)
+
+
+def test_transformer_starts_at_zero_velocity():
+    net = Transformer(ACTION_DIM, OBS_DIM, HORIZON, dim=16, layers=2, heads=2)
+    assert net(0.5, torch.randn(2, HORIZON, ACTION_DIM), torch.randn(2, OBS_DIM)).abs().max() == 0
