@@ -1,0 +1,111 @@
+"""Opens zarr stores of demonstrations and refuses what is damaged, foreign or of the wrong shape."""
+
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from env_configs.extras import not_installed
+
+if TYPE_CHECKING:
+    import zarr
+
+
+class StoreError(ValueError):
+    """A store of demonstrations that cannot be used; the message names it and what was expected."""
+
+
+@contextmanager
+def open_store(source: Path) -> "Iterator[zarr.Group]":
+    """Opens a zarr store for reading: a folder, or all of its files in a zip.
+
+    Raises:
+        StoreError: `source` is absent, or neither of the two.
+    """
+    try:
+        import zarr
+        from zarr.storage import LocalStore, ZipStore
+    except ModuleNotFoundError as error:
+        raise not_installed(error, "pusht") from error
+    source = Path(source)
+    if not source.exists():
+        raise StoreError(f"{source} does not exist; expected a zarr store, a folder or a zip file")
+    if source.is_file() and not zipfile.is_zipfile(source):
+        raise StoreError(f"{source} is neither a folder nor a whole zip file; is it a complete zarr store?")
+    store = LocalStore(source, read_only=True) if source.is_dir() else ZipStore(source, mode="r")
+    try:
+        yield zarr.open_group(store, mode="r")
+    except zarr.errors.GroupNotFoundError as error:
+        raise StoreError(f"{source} is not a zarr store: it has no group at its root") from error
+    finally:
+        store.close()
+
+
+def find_array(group: "zarr.Group", name: str, shape: tuple[int | None, ...]) -> "zarr.Array":
+    """The array `name`, not read yet, whose shape fits; None in `shape` stands for any length.
+
+    Raises:
+        StoreError: it is absent, not an array of numbers, of another shape, or lacks some of its chunks
+            (which zarr would read as zeros).
+    """
+    import zarr
+
+    array = group.get(name)
+    if not isinstance(array, zarr.Array):
+        raise StoreError(f"{group.store} has no array '{name}' of shape {_show(shape)}")
+    fits = len(array.shape) == len(shape) and all(
+        want in (None, have) for have, want in zip(array.shape, shape, strict=True)
+    )
+    if not fits or array.dtype.kind not in "fiu":
+        raise StoreError(
+            f"{group.store}: '{name}' is {array.dtype}{array.shape}, expected numbers of shape {_show(shape)}"
+        )
+    if array.nchunks_initialized != array.nchunks:
+        raise StoreError(
+            f"{group.store}: '{name}' is incomplete, {array.nchunks_initialized} of {array.nchunks} chunks"
+        )
+    return array
+
+
+def read(array: "zarr.Array", start: int = 0, stop: int | None = None) -> NDArray:
+    """Rows `start` to `stop` of an array.
+
+    Raises:
+        StoreError: a chunk cannot be decoded, or a value is NaN or Inf.
+    """
+    name = f"{array.store}: '{array.path}'"
+    try:
+        values = np.asarray(array[start:stop])
+    except (RuntimeError, ValueError, OSError, zipfile.BadZipFile) as error:
+        raise StoreError(f"{name} is damaged, its chunks cannot be read ({error})") from error
+    if not np.isfinite(values).all():
+        raise StoreError(f"{name} holds NaN or Inf")
+    return values
+
+
+def read_ends(group: "zarr.Group", frames: int) -> NDArray[np.int64]:
+    """`meta/episode_ends`: for each episode the index after its last frame, (E,).
+
+    Raises:
+        StoreError: they are no whole numbers that increase from above 0 to `frames`.
+    """
+    ends = read(find_array(group, "meta/episode_ends", (None,)))
+    whole = np.issubdtype(ends.dtype, np.integer) and len(ends) > 0
+    if not whole or ends[0] <= 0 or (np.diff(ends.astype(np.int64)) <= 0).any() or ends[-1] != frames:
+        raise StoreError(
+            f"{group.store}: 'meta/episode_ends' must be whole numbers that increase from above 0 "
+            f"to {frames}, the number of frames; it is {_brief(ends)}"
+        )
+    return ends.astype(np.int64)
+
+
+def _show(shape: tuple[int | None, ...]) -> str:
+    return "(" + ", ".join("N" if size is None else str(size) for size in shape) + ")"
+
+
+def _brief(values: NDArray) -> str:
+    return np.array2string(values, threshold=6, edgeitems=3)

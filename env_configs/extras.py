@@ -1,0 +1,13 @@
+"""How to install what a task needs."""
+
+DISTRIBUTION = "lerobot_policy_fm_ft"
+
+
+def install_command(extra: str) -> str:
+    """The command that installs an extra of this project, in a checkout or beside other packages."""
+    return f'uv sync --extra {extra}    (or: pip install "{DISTRIBUTION}[{extra}]")'
+
+
+def not_installed(error: ModuleNotFoundError, extra: str) -> ModuleNotFoundError:
+    """An error that names the absent package and the command that installs it."""
+    return ModuleNotFoundError(f"{error.name} is not installed: {install_command(extra)}", name=error.name)
