@@ -214,20 +214,27 @@ def _convert_once(source: Path, key: recipes.RecipeKey) -> Path:
     """Return the LeRobotDataset made from `source`, converted unless this very file was converted before.
 
     The folder's name carries the fingerprint of the file and of this package's version, and the converter
-    writes it whole or not at all, so that a folder that exists is the right one.
+    writes it whole or not at all, so that a folder that exists is the right one. Of several runs that start
+    together one converts and the others wait.
     """
+    from filelock import FileLock
     from lerobot.utils.constants import HF_LEROBOT_HOME
 
     root = HF_LEROBOT_HOME / "fm_ft" / f"{key.env}_{key.obs}_{_fingerprint(source)}"
-    if root.exists():
-        return root
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(root.with_name(f"{root.name}.lock")):
+        if not root.exists():
+            _convert(source, root, key)
+    return root
+
+
+def _convert(source: Path, root: Path, key: recipes.RecipeKey) -> None:
     from env_configs.demos.__main__ import main as convert
 
     arguments = [key.env, f"--source={source}", f"--root={root}", f"--obs={key.obs}"]
     print(shlex.join(["python", "-m", "env_configs.demos", *arguments]), flush=True)
     if convert(arguments) != 0:
         raise UsageError(f"{source} could not be converted; name another data set by --dataset.root=...")
-    return root
 
 
 def _fingerprint(source: Path) -> str:

@@ -9,10 +9,12 @@ Data contract
 
 import copy
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.policies.utils import populate_queues
@@ -75,6 +77,8 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         if config.use_ema:
             self.ema_net = copy.deepcopy(self.net).requires_grad_(False)
             self.register_buffer("ema_updates", torch.zeros((), dtype=torch.int64))
+        # Seed and count of the training steps' randomness, see `_repeatable`.
+        self.register_buffer("training_key", torch.stack([torch.randint(2**31, ()), torch.tensor(0)]))
         self.nfe = config.nfe or 0
         if config.window_store and dataset_meta is not None:
             window_store.attach(window_store.open_store(dataset_meta, config.observation_window, config.action_window))
@@ -107,16 +111,32 @@ class FlowMatchingPolicy(PreTrainedPolicy):
             ValueError: If the windows do not have the shapes above.
         """
         self._check_windows(batch)
-        net, x1, is_pad = self.active_net, batch[ACTION], batch.get(f"{ACTION}_is_pad")
-        o = net.encoder(batch)
-        x0 = COUPLINGS[self.config.coupling](x1)
-        t = torch.rand(len(x1), device=x1.device, dtype=x1.dtype)
-        v = net.velocity(t, interpolate(t, x0, x1), o)
+        with self._repeatable() if self.training else nullcontext():
+            o = self.active_net.encoder(batch)
+            x1, is_pad = batch[ACTION], batch.get(f"{ACTION}_is_pad")
+            x0 = COUPLINGS[self.config.coupling](x1)
+            t = torch.rand(len(x1), device=x1.device, dtype=x1.dtype)
+            v = self.active_net.velocity(t, interpolate(t, x0, x1), o)
         loss = masked_mse(v, path_velocity(x0, x1), is_pad, reduction)
         logs = {"cfm_loss": loss.mean().item()}
         if not self.training:
             logs["reconstruction_error"] = masked_mse(self._solve(x0, o), x1, is_pad).item()
         return loss, logs
+
+    @contextmanager
+    def _repeatable(self) -> Iterator[None]:
+        """Make the randomness of a training step (noise, times, crops, dropout) a function of seed and step alone.
+
+        LeRobot restores torch's generator when it resumes, but its loader draws from it once more than the unbroken
+        run did. With a key of its own, kept in the checkpoint, the policy repeats that run to the bit.
+        """
+        self.training_key[1] += 1
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        seed = np.random.SeedSequence([*self.training_key.tolist(), rank]).generate_state(1, np.uint64)
+        device = self.training_key.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(int(seed[0]))
+            yield
 
     def update(self) -> None:
         """Move the average of the weights; LeRobot's trainer calls this after every optimiser step."""
@@ -264,7 +284,7 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         with safe_open(model_file, framework="pt", device=str(map_location)) as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if model.config.use_ema and not any(name.startswith("ema_") for name in weights):
-            weights |= {f"ema_{name}": weight.clone() for name, weight in weights.items()}
+            weights |= {f"ema_{name}": weight.clone() for name, weight in weights.items() if name.startswith("net.")}
             weights["ema_updates"] = torch.zeros((), dtype=torch.int64)
         _check_weights(model.state_dict(), weights, model_file)
         model.load_state_dict(weights)
@@ -280,6 +300,7 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         config.use_ema = False
         policy = FlowMatchingPolicy(config)
         policy.net.load_state_dict((self.ema_net if self.config.use_ema else self.net).state_dict())
+        policy.training_key.copy_(self.training_key)
         return policy.eval()
 
 

@@ -27,7 +27,7 @@ class TestTraining:
         batch = tiny.windows(policy.config, size=8)
         optimizer = torch.optim.Adam(policy.get_optim_params(), lr=5e-3)
         losses = []
-        for _ in range(150):
+        for _ in range(250):
             loss, logs = policy.forward(batch)
             losses.append(logs["cfm_loss"])
             optimizer.zero_grad()
@@ -41,8 +41,22 @@ class TestTraining:
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in policy.get_optim_params())
         assert all(p.grad is None for p in policy.ema_net.parameters())
 
+    def test_a_step_is_a_function_of_seed_and_step_alone(self, tiny):
+        policy, other = (tiny.policy(velocity_net="transformer", transformer_dropout=0.3) for _ in range(2))
+        batch = tiny.windows(policy.config)
+        torch.nn.init.normal_(policy.net.velocity.out.weight)
+        other.load_state_dict(policy.state_dict())
+        first = policy.forward(batch)[0]
+        state = torch.get_rng_state()
+        second = policy.forward(batch)[0]
+        assert first != second
+        assert torch.equal(torch.get_rng_state(), state)  # torch's own generator is left alone
+        other.forward(batch)
+        torch.rand(3)  # what LeRobot's loader does when a run is resumed
+        assert other.forward(batch)[0] == second
+
     def test_per_sample_losses_average_to_the_loss(self, tiny):
-        policy = tiny.policy()
+        policy = tiny.policy().eval()
         batch = tiny.windows(policy.config)
         batch["action_is_pad"][:2, 5:] = True
         torch.manual_seed(1)
