@@ -115,7 +115,7 @@ class FlowMatchingConfig(PreTrainedConfig):
     scheduler_name: str = "cosine"
     scheduler_warmup_steps: int = 500
 
-    push_to_hub: bool = False  # type: ignore[assignment]
+    push_to_hub: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,0 +1,77 @@
+"""Record successful Push-T episodes of a policy as demonstrations: `python eval/record.py --root DIR`.
+
+The set that ships with the package was made this way. Its starts are none of those that results are reported on.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from lerobot.envs.utils import NEW_ROLLOUT_OPTION, preprocess_observation
+
+from env_configs import make_env_config
+from env_configs.demos.dataset import Episode, write_dataset
+from env_configs.demos.pusht_zarr import features
+from env_configs.pusht import FPS, TASK_DESCRIPTION
+from fm_policy.assets import default_policy
+from fm_policy.evaluation.checkpoint import Checkpoint, load_checkpoint
+
+BATCH = 64
+
+
+def successes(checkpoint: Checkpoint, first_seed: int) -> Iterator[Episode]:
+    """Successful episodes, without end, up to the step that succeeds; starts of `first_seed` and those after it."""
+    env = make_env_config("pusht", starts="random_state").create_envs(BATCH)["fm_pusht"][0]
+    generator = torch.Generator().manual_seed(first_seed)
+    while True:
+        seeds = list(range(first_seed, first_seed + BATCH))
+        first_seed += BATCH
+        frames, solved_at = roll_batch(checkpoint, env, seeds, generator)
+        for row in np.flatnonzero(solved_at):
+            columns = {name: values[: solved_at[row], row] for name, values in frames.items()}
+            columns["next.done"][-1] = True
+            yield Episode(columns, TASK_DESCRIPTION)
+
+
+def roll_batch(
+    checkpoint: Checkpoint, env: VectorEnv, seeds: list[int], generator: torch.Generator
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Run a batch to its end: columns `(T, BATCH, ...)`, and for each row the steps to success, 0 without."""
+    checkpoint.policy.reset()
+    observation, _ = env.reset(seed=seeds, options={NEW_ROLLOUT_OPTION: True})  # type: ignore[arg-type]
+    steps, solved_at, ended = [], np.zeros(BATCH, dtype=int), np.zeros(BATCH, dtype=bool)
+    while not ended.all():
+        action = checkpoint.policy.select_action(
+            checkpoint.preprocessor(preprocess_observation(observation)), generator=generator
+        )
+        action = checkpoint.postprocessor(action).numpy()
+        seen = {"observation.state": "agent_pos", "observation.environment_state": "environment_state"}
+        frame = {name: observation[key].astype(np.float32) for name, key in seen.items()}
+        observation, reward, terminated, truncated, info = env.step(action)
+        success = info["is_success"]
+        outcome = {"next.reward": reward.astype(np.float32), "next.done": success & False, "next.success": success}
+        steps.append(frame | {"action": action} | {name: value[:, None] for name, value in outcome.items()})
+        solved_at[success & (solved_at == 0) & ~ended] = len(steps)
+        ended |= terminated | truncated
+    return {name: np.stack([step[name] for step in steps]) for name in steps[0]}, solved_at
+
+
+def main() -> None:
+    """Write the data set."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, required=True, help="folder of the data set to write; must not exist")
+    parser.add_argument("--policy", type=Path, default=default_policy(), help="folder of a checkpoint on states")
+    parser.add_argument("--episodes", type=int, default=200, help="successful episodes to keep")
+    parser.add_argument("--seed", type=int, default=50000, help="first start")
+    args = parser.parse_args()
+    endless = successes(load_checkpoint(args.policy), args.seed)
+    kept = (next(endless) for _ in range(args.episodes))
+    episodes, frames = write_dataset(args.root, FPS, features("state"), kept, total=args.episodes)
+    print(f"{args.root}: {episodes} episodes, {frames} frames")
+
+
+if __name__ == "__main__":
+    main()
