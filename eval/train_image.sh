@@ -8,7 +8,7 @@ last=$run/checkpoints/last/pretrained_model
 if [ -e "$last/train_config.json" ]; then
     uv run lerobot train --config_path="$last/train_config.json" --resume=true "${@:2}"
 else
-    rm -rf "$run" # a run without a checkpoint holds nothing to continue
+    # LeRobot refuses a folder that exists: one without a checkpoint holds nothing to continue, remove it first.
     uv run lerobot train policy=fm_ft env=pusht obs=image --policy.device=cuda --output_dir="$run" "${@:2}"
 fi
 again=$([ -d "$run/eval500" ] && echo --resume || true)

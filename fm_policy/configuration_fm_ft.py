@@ -6,9 +6,10 @@ from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.optim import AdamWConfig, DiffuserSchedulerConfig
 from lerobot.utils.constants import ACTION
 
+from fm_policy.flow.coupling import COUPLINGS
+from fm_policy.flow.solvers import SOLVER_CALLS
+
 STAGES = ("pretrain",)
-COUPLINGS = ("independent",)
-SOLVER_CALLS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "dopri5": None}
 VELOCITY_NETS = ("unet", "transformer")
 BACKBONES = ("resnet18", "resnet34")
 
@@ -130,7 +131,7 @@ class FlowMatchingConfig(PreTrainedConfig):
     def _check_choices(self) -> None:
         choices = {
             "stage": STAGES,
-            "coupling": COUPLINGS,
+            "coupling": tuple(COUPLINGS),
             "solver": tuple(SOLVER_CALLS),
             "velocity_net": VELOCITY_NETS,
             "vision_backbone": BACKBONES,

@@ -56,7 +56,8 @@ SCHEMES = {
     "heun": Scheme(heun_step, order=2, calls=2),
     "rk4": Scheme(rk4_step, order=4, calls=4),
 }
-SOLVERS = (*SCHEMES, "dopri5")
+SOLVER_CALLS: dict[str, int | None] = {name: scheme.calls for name, scheme in SCHEMES.items()} | {"dopri5": None}
+"""Every solver, with its calls of v per step; None: it chooses its steps."""
 
 
 class CountedVelocity:
@@ -78,7 +79,7 @@ def integrate(v: Velocity, x0: Tensor, solver: str, num_steps: int, tolerance: f
     Args:
         v: Velocity field.
         x0: Start, `(B, ...)`.
-        solver: One of `SOLVERS`.
+        solver: One of `SOLVER_CALLS`.
         num_steps: Number of equal steps of a fixed-grid scheme, at least 1; `dopri5` chooses its own.
         tolerance: Relative and absolute tolerance of `dopri5`.
 
@@ -95,11 +96,6 @@ def integrate(v: Velocity, x0: Tensor, solver: str, num_steps: int, tolerance: f
     for n in range(num_steps):
         x = step(v, n * h, h, x)
     return x
-
-
-def calls_per_step(solver: str) -> int:
-    """Calls of v in one step of a fixed-grid scheme."""
-    return _scheme(solver).calls
 
 
 def _scheme(solver: str) -> Scheme:
