@@ -1,0 +1,60 @@
+"""Evaluate a checkpoint on a task: `python eval/rollout.py --episodes 500`."""
+
+import argparse
+import time
+from datetime import datetime
+from pathlib import Path
+
+START = time.perf_counter()
+PACKAGES = ("gym-pusht", "pymunk", "shapely")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--policy", type=Path, help="folder of a checkpoint; the one that ships with the package if not given")
+    add("--env", default="pusht_b", help="task: pusht_b, pusht_a")
+    add("--starts", default="random_state", help="random_state (Diffusion Policy's) or gymnasium")
+    add("--episodes", type=int, default=500, help="number of seeds, each one a start")
+    add("--repeats", type=int, default=1, help="episodes of each seed, with different noise")
+    add("--seed", type=int, default=1000, help="first seed")
+    add("--nfe", type=int, help="network calls per chunk; the checkpoint's if not given")
+    add("--solver", help="euler, midpoint, heun, rk4, dopri5; the checkpoint's if not given")
+    add("--n-action-steps", type=int, help="actions of a chunk to execute; the checkpoint's if not given")
+    add("--batch-size", type=int, default=64, help="environments at a time; no number depends on it")
+    add("--videos", type=int, default=0, help="episodes to film")
+    add("--out", type=Path, help="folder for the results; outputs/eval/<date>/<time> if not given")
+    add("--resume", action="store_true", help="continue the evaluation in --out")
+    add("--device", default="cpu", help="where the policy runs")
+    args = parser.parse_args()
+    if args.resume and args.out is None:
+        parser.error("--resume needs --out, the folder to continue")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    # Imported late: help and wrong arguments need not wait for torch.
+    from env_configs import make_env_config
+    from fm_policy.assets import default_policy
+    from fm_policy.evaluation.checkpoint import load_checkpoint
+    from fm_policy.evaluation.report import as_text
+    from fm_policy.evaluation.runs import Run, evaluate_into
+
+    imports = round(time.perf_counter() - START, 2)
+    try:
+        names = ("seed", "episodes", "repeats", "n_action_steps", "batch_size", "videos")
+        run = Run(**{name: getattr(args, name) for name in names}, packages=PACKAGES)
+        checkpoint = load_checkpoint(args.policy or default_policy(), args.device, args.solver, args.nfe)
+        obs = "image" if checkpoint.policy.config.image_features else "state"
+        task = make_env_config(args.env, starts=args.starts, obs=obs)
+        out = args.out or Path("outputs/eval", datetime.now().strftime("%Y-%m-%d/%H-%M-%S"))
+        print(f"evaluating {checkpoint.path} into {out}\n{checkpoint.note}".strip())
+        summary = evaluate_into(out, checkpoint, task, run, args.resume, {"imports": imports})
+    except ValueError as error:
+        raise SystemExit(f"rollout.py: {error}") from error
+    print(as_text(summary))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""A checkpoint, ready to be evaluated."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from lerobot.configs.policies import PreTrainedConfig
+from lerobot.policies.factory import make_pre_post_processors
+from lerobot.utils.device_utils import get_safe_torch_device
+
+from fm_policy.configuration_fm_ft import FlowMatchingConfig
+from fm_policy.evaluation.inference import Processor
+from fm_policy.flow.solvers import SOLVER_CALLS
+from fm_policy.modeling_fm_ft import FlowMatchingPolicy
+
+FILES = ("config.json", "model.safetensors", "policy_preprocessor.json", "policy_postprocessor.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A policy with its processors, and where it came from.
+
+    Attributes:
+        path: The folder.
+        fingerprint: Of its content, see `fingerprint`.
+        note: How its inference was changed, in words; empty if it was not.
+        policy: In evaluation mode.
+        preprocessor: From observations in LeRobot's form to the policy's.
+        postprocessor: From the policy's actions to the environment's.
+    """
+
+    path: Path
+    fingerprint: str
+    note: str
+    policy: FlowMatchingPolicy
+    preprocessor: Processor
+    postprocessor: Processor
+
+
+def load_checkpoint(path: Path, device: str = "cpu", solver: str | None = None, nfe: int | None = None) -> Checkpoint:
+    """Load a checkpoint in evaluation mode.
+
+    Args:
+        path: Folder that LeRobot's trainer, or `save_pretrained` of policy and processors, wrote.
+        device: Where to run the policy.
+        solver: Another solver than the checkpoint's.
+        nfe: Another number of network calls per chunk than the checkpoint's.
+
+    Raises:
+        ValueError: If the folder is no checkpoint of this policy, or device, solver or NFE cannot be had.
+    """
+    _check_folder(path)
+    get_safe_torch_device(device)
+    config = PreTrainedConfig.from_pretrained(path)
+    assert isinstance(config, FlowMatchingConfig)  # _check_folder saw its type
+    config.device = device
+    own = _inference(config)
+    set_solver(config, solver, nfe)
+    now = _inference(config)
+    note = "" if now == own else f"evaluating with {now}; the checkpoint's own is {own}"
+    processors = make_pre_post_processors(
+        config, pretrained_path=str(path), preprocessor_overrides={"device_processor": {"device": device}}
+    )
+    policy = FlowMatchingPolicy.from_pretrained(path, config=config)
+    return Checkpoint(path, fingerprint(path), note, policy.eval(), *processors)
+
+
+def set_solver(config: FlowMatchingConfig, solver: str | None, nfe: int | None) -> None:
+    """Choose solver and network calls per chunk, each as configured if None.
+
+    Raises:
+        ValueError: If the solver is unknown or its steps do not add up to the network calls.
+    """
+    solver = config.solver if solver is None else solver
+    if solver not in SOLVER_CALLS:
+        raise ValueError(f"unknown solver {solver!r}: expected one of {list(SOLVER_CALLS)}")
+    calls = SOLVER_CALLS[solver]
+    if calls is None and nfe is not None:
+        raise ValueError(f"{solver} chooses its own number of network calls, NFE {nfe} cannot be set")
+    wanted = config.nfe if nfe is None else nfe
+    if calls is not None and (wanted is None or wanted < 1 or wanted % calls):
+        raise ValueError(f"{solver} calls the network {calls} times per step: the NFE must be a multiple, got {wanted}")
+    config.solver = solver
+    if calls is not None and wanted is not None:
+        config.num_solver_steps = wanted // calls
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 over all that decides what a checkpoint does: configuration, weights, processors."""
+    files = [path / "config.json", *path.glob("*.safetensors"), *path.glob("policy_*.json")]
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        content = hashlib.sha256(file.read_bytes()).hexdigest()
+        digest.update(f"{file.name} {content}\n".encode())
+    return digest.hexdigest()
+
+
+def _inference(config: FlowMatchingConfig) -> str:
+    return config.solver if config.nfe is None else f"{config.solver} at NFE {config.nfe}"
+
+
+def _check_folder(path: Path) -> None:
+    if not path.is_dir():
+        raise ValueError(f"no checkpoint: {path} is no folder")
+    missing = [name for name in FILES if not (path / name).is_file()]
+    if missing:
+        hint = f"; did you mean {path / 'pretrained_model'}?" if (path / "pretrained_model").is_dir() else ""
+        raise ValueError(f"{path} is no whole checkpoint, it lacks {', '.join(missing)}{hint}")
+    kind = json.loads((path / "config.json").read_text(encoding="utf-8")).get("type")
+    if kind != FlowMatchingPolicy.name:
+        raise ValueError(f"{path} holds a policy of type {kind!r}, expected {FlowMatchingPolicy.name!r}")

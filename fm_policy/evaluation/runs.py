@@ -1,0 +1,192 @@
+"""An evaluation as a folder: `run.json`, `episodes.jsonl`, `summary.json` and `videos`, continued after a kill."""
+
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lerobot.envs.configs import EnvConfig
+from tqdm import tqdm
+
+from fm_policy.evaluation.checkpoint import Checkpoint
+from fm_policy.evaluation.episodes import Episode, EpisodeFile, EpisodeKey, plan
+from fm_policy.evaluation.inference import ChunkSampler
+from fm_policy.evaluation.provenance import PACKAGES, describe_hardware, describe_task, versions
+from fm_policy.evaluation.report import chunk_times, summarise
+from fm_policy.evaluation.rollouts import BATCH_SIZE, run_episodes
+from fm_policy.evaluation.videos import Camera
+
+
+@dataclass(frozen=True)
+class Run:
+    """Which episodes to run, and how.
+
+    Attributes:
+        seed: First seed; the others follow it.
+        episodes: Number of seeds.
+        repeats: Episodes of each seed.
+        n_action_steps: Actions of a chunk to execute; None: as the policy is configured.
+        batch_size: Most environments at a time.
+        use_async_envs: Give each environment its own process.
+        videos: Episodes to film, the first of the plan.
+        packages: Distributions that the task's simulator is made of, for the record.
+    """
+
+    seed: int = 1000
+    episodes: int = 500
+    repeats: int = 1
+    n_action_steps: int | None = None
+    batch_size: int = BATCH_SIZE
+    use_async_envs: bool = False
+    videos: int = 0
+    packages: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, least in {"seed": 0, "episodes": 1, "repeats": 1, "batch_size": 1, "videos": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    @property
+    def jobs(self) -> list[EpisodeKey]:
+        """The plan."""
+        return plan(range(self.seed, self.seed + self.episodes), self.repeats)
+
+
+def evaluate_into(
+    folder: Path,
+    checkpoint: Checkpoint,
+    env_config: EnvConfig,
+    run: Run,
+    resume: bool = False,
+    seconds: dict[str, float] | None = None,
+) -> dict[str, Any]:
+    """Run an evaluation, or what is left of it, and write it down.
+
+    Args:
+        folder: Where to; made when needed.
+        checkpoint: The policy.
+        env_config: The task.
+        run: Which episodes.
+        resume: Continue what the folder holds.
+        seconds: Wall seconds that went before, by what took them, for the record.
+
+    Returns:
+        The summary, as written.
+
+    Raises:
+        ValueError: If the folder is not empty and not to be continued, or holds another evaluation.
+    """
+    start = time.perf_counter()
+    sampler = ChunkSampler(
+        checkpoint.policy,
+        checkpoint.preprocessor,
+        checkpoint.postprocessor,
+        env_config,
+        run.n_action_steps,
+        run.batch_size,
+    )
+    settings = _settings(checkpoint, env_config, run, sampler)
+    _claim(folder, settings, resume)
+    with EpisodeFile(folder / "episodes.jsonl") as rows:
+        before = len(rows.episodes)
+        for episode in _progress(_run_rest(run, sampler, env_config, rows, folder), rows.episodes, len(run.jobs)):
+            rows.append(episode)
+    summary = {
+        **summarise(rows.episodes),
+        "ms_per_chunk": chunk_times(sampler.calls),
+        **settings,
+        **_provenance(checkpoint),
+        "seconds": {**(seconds or {}), "evaluation": round(time.perf_counter() - start, 2)},
+        "episodes_run_now": len(rows.episodes) - before,
+    }
+    write_json(folder / "summary.json", summary)
+    return summary
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write a record whole or not at all."""
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+def _settings(checkpoint: Checkpoint, env_config: EnvConfig, run: Run, sampler: ChunkSampler) -> dict[str, Any]:
+    """All that decides which episodes there are and what happens in them."""
+    config = checkpoint.policy.config
+    return {
+        "policy": checkpoint.fingerprint,
+        "task": describe_task(env_config, run.packages),
+        "seed": run.seed,
+        "episodes": run.episodes,
+        "repeats": run.repeats,
+        "solver": config.solver,
+        "num_solver_steps": config.num_solver_steps,
+        "n_action_steps": sampler.n_action_steps,
+        "device": config.device,
+        "row_block": sampler.row_block,
+        "versions": versions(PACKAGES),
+    }
+
+
+def _provenance(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "policy": {"path": str(checkpoint.path), "fingerprint": checkpoint.fingerprint},
+        "command": shlex.join(["python", *sys.argv]),
+        "hardware": describe_hardware(next(checkpoint.policy.parameters()).device),
+    }
+
+
+def _run_rest(
+    run: Run, sampler: ChunkSampler, env_config: EnvConfig, rows: EpisodeFile, folder: Path
+) -> Iterator[Episode]:
+    done = {episode.key for episode in rows.episodes}
+    left = [key for key in run.jobs if key not in done]
+    camera = Camera(folder / "videos", run.jobs[: run.videos]) if run.videos else None
+    return run_episodes(sampler, env_config, left, run.batch_size, run.use_async_envs, camera)
+
+
+def _claim(folder: Path, settings: dict[str, Any], resume: bool) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    present = sorted(path.name for path in folder.iterdir())
+    record = folder / "run.json"
+    if not present:
+        write_json(record, settings)
+    elif not resume:
+        raise ValueError(f"{folder} is not empty: choose another folder, or continue the evaluation in it (resume)")
+    elif not record.is_file():
+        raise ValueError(f"{folder} holds no evaluation to continue: {record.name} is missing beside {present[:5]}")
+    else:
+        _check_same(json.loads(record.read_text(encoding="utf-8")), settings, folder)
+
+
+def _check_same(stored: dict[str, Any], settings: dict[str, Any], folder: Path) -> None:
+    before, now = _flatten(stored), _flatten(settings)
+    differing = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    if differing:
+        pairs = [f"{name}: {before.get(name)!r} there, {now.get(name)!r} now" for name in differing]
+        raise ValueError(f"{folder} holds another evaluation:\n  " + "\n  ".join(pairs))
+
+
+def _flatten(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in record.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _progress(episodes: Iterable[Episode], done: list[Episode], total: int) -> Iterable[Episode]:
+    """The episodes, with a bar that shows the means so far, those of earlier runs included."""
+    rewards = sum(episode.max_reward for episode in done)
+    successes = sum(episode.success for episode in done)
+    with tqdm(total=total, initial=len(done), desc="episodes", unit="ep") as bar:
+        for episode in episodes:
+            rewards += episode.max_reward
+            successes += episode.success
+            bar.update()
+            bar.set_postfix(score=f"{rewards / bar.n:.3f}", success=f"{successes / bar.n:.3f}")
+            yield episode

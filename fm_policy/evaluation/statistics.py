@@ -1,0 +1,91 @@
+"""What a set of episodes says, and how sure it is.
+
+Episodes of one seed share their start, so they are not independent: every interval here counts seeds, not
+episodes, and treats the seeds as a sample of all starts. With one repeat these are the usual intervals.
+"""
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import stdtrit
+
+from fm_policy.evaluation.episodes import Episode
+
+CONFIDENCE = 0.95
+
+Interval = tuple[float, float]
+
+
+def table(episodes: Sequence[Episode], name: str) -> NDArray[np.float64]:
+    """One field of all episodes as `(seeds, repeats)`, in rising order of both.
+
+    Raises:
+        ValueError: If there is none, or if some seed lacks a repeat that another one has.
+    """
+    values = {episode.key: float(getattr(episode, name)) for episode in episodes}
+    seeds = sorted({key.seed for key in values})
+    repeats = sorted({key.repeat for key in values})
+    if not episodes or len(values) != len(episodes) or len(values) != len(seeds) * len(repeats):
+        raise ValueError(
+            f"{len(episodes)} episodes do not fill a table of {len(seeds)} seeds x {len(repeats)} repeats once"
+        )
+    return np.array([[values[seed, repeat] for repeat in repeats] for seed in seeds])  # type: ignore[index]
+
+
+def mean_interval(values: NDArray[np.float64], confidence: float = CONFIDENCE) -> Interval | None:
+    """Student's interval of the mean over the seeds' means; None for a single seed, which tells nothing.
+
+    Args:
+        values: `(seeds, repeats)`.
+        confidence: Coverage, in (0, 1).
+    """
+    means = values.mean(axis=1)
+    if len(means) < 2:
+        return None
+    error = means.std(ddof=1) / math.sqrt(len(means))
+    half = float(stdtrit(len(means) - 1, (1 + confidence) / 2) * error)
+    return float(means.mean()) - half, float(means.mean()) + half
+
+
+def share_interval(values: NDArray[np.float64], confidence: float = CONFIDENCE) -> Interval:
+    """Wilson's interval of a share, for the number of independent trials that the episodes are worth.
+
+    That number is p (1 - p) / variance of the mean over seeds (Kish's effective sample size): the number of
+    episodes when repeats are independent or there is one repeat, the number of seeds when the start decides.
+
+    Args:
+        values: Zeros and ones, `(seeds, repeats)`.
+        confidence: Coverage, in (0, 1).
+    """
+    return wilson_interval(float(values.mean()), _effective_size(values), confidence)
+
+
+def wilson_interval(share: float, trials: float, confidence: float = CONFIDENCE) -> Interval:
+    """Wilson's score interval (Wilson 1927) of a share among a number of independent trials.
+
+    Args:
+        share: Observed share, in [0, 1].
+        trials: Number of trials, positive.
+        confidence: Coverage, in (0, 1).
+    """
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def best_of_repeats(values: NDArray[np.float64]) -> float:
+    """Mean over the seeds of the best repeat (the paper's "max performance"); values `(seeds, repeats)`."""
+    return float(values.max(axis=1).mean())
+
+
+def _effective_size(values: NDArray[np.float64]) -> float:
+    seeds, episodes = len(values), values.size
+    share = float(values.mean())
+    if share in (0.0, 1.0):
+        return seeds  # nothing tells whether the start decides: the careful reading
+    variance = float(values.mean(axis=1).var()) / seeds
+    return episodes if variance == 0 else min(max(share * (1 - share) / variance, seeds), episodes)

@@ -1,0 +1,89 @@
+"""`eval/rollout.py` with the shipped policy, at one network call per chunk: quick, and still the real thing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from fm_policy.assets import default_policy
+from fm_policy.evaluation.episodes import read_episodes
+
+
+def rows(folder):
+    return sorted(read_episodes(folder / "episodes.jsonl"), key=lambda episode: episode.key)
+
+
+def test_evaluates_the_shipped_policy_and_writes_it_down(rollout, tmp_path, capsys):
+    out = tmp_path / "new" / "folder"
+    rollout("--episodes", 3, "--repeats", 2, "--nfe", 1, "--out", out, "--videos", 1)
+    printed = capsys.readouterr()
+    assert "evaluating with euler at NFE 1; the checkpoint's own is " in printed.out
+    assert "3 seeds x 2 repeats, NFE 1 per chunk" in printed.out
+    assert "6/6" in printed.err and "score=" in printed.err and "success=" in printed.err
+    assert {path.name for path in out.iterdir()} == {"run.json", "episodes.jsonl", "summary.json", "videos"}
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["policy"]["path"] == str(default_policy())
+    assert summary["task"]["config"]["block_range"] == [100, 400]
+    assert set(summary["task"]["versions"]) == {"gym-pusht", "pymunk", "shapely"}
+    assert set(summary["seconds"]) == {"imports", "evaluation"}
+    assert summary["command"].endswith(f"rollout.py --episodes 3 --repeats 2 --nfe 1 --out {out} --videos 1")
+    assert [episode.seed for episode in rows(out)] == [1000, 1000, 1001, 1001, 1002, 1002]
+    draw = np.random.RandomState(1000)
+    assert rows(out)[0].initial_state[:4] == [*draw.randint(50, 450, 2), *draw.randint(100, 400, 2)]
+
+
+def test_a_killed_evaluation_ends_with_the_rows_of_an_unbroken_one(rollout, program, tmp_path):
+    broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
+    arguments = [str(x) for x in ("--episodes", 10, "--env", "pusht_a", "--nfe", 1, "--seed", 50, "--batch-size", 2)]
+    command = [sys.executable, str(program), *arguments, "--out", str(broken)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        wait_for_rows(broken / "episodes.jsonl", 3, process)
+        os.kill(process.pid, signal.SIGKILL)
+    assert 3 <= len((broken / "episodes.jsonl").read_bytes().splitlines()) < 10
+    assert not (broken / "summary.json").exists()
+    rollout(*arguments, "--out", broken, "--resume")
+    rollout(*arguments, "--out", unbroken, "--batch-size", 64)
+    assert rows(broken) == rows(unbroken)
+    scores = [json.loads((out / "summary.json").read_text())["score"] for out in (broken, unbroken)]
+    assert scores[0] == scores[1]
+
+
+def wait_for_rows(path, count: int, process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists() or path.read_bytes().count(b"\n") < count:
+        assert process.poll() is None, "the evaluation ended before it could be killed"
+        assert time.monotonic() < end, f"no {count} rows within {seconds} s"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--env", "pushh"], "unknown task 'pushh'; known are pusht, pusht_a, pusht_b"),
+        (["--starts", "somewhere"], "starts must be one of gymnasium, random_state, not 'somewhere'"),
+        (["--episodes", "0"], "episodes must be at least 1, got 0"),
+        (["--repeats", "0"], "repeats must be at least 1, got 0"),
+        (["--n-action-steps", "99"], "n_action_steps must be from 1 to .* got 99"),
+        (["--solver", "heun", "--nfe", "5"], "heun calls the network 2 times per step.* got 5"),
+        (["--policy", "nowhere"], "no checkpoint: nowhere is no folder"),
+        (["--out", "."], r"\. is not empty"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_line(rollout, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "something").touch()
+    with pytest.raises(SystemExit, match=message) as refusal:
+        rollout(*arguments)
+    assert str(refusal.value).startswith("rollout.py: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["something"]
+
+
+def test_resuming_needs_a_folder(rollout, capsys):
+    with pytest.raises(SystemExit):
+        rollout("--resume")
+    assert "--resume needs --out" in capsys.readouterr().err

@@ -1,0 +1,141 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fm_policy.evaluation.episodes import read_episodes
+from fm_policy.evaluation.report import as_text, chunk_times, summarise
+from fm_policy.evaluation.rollouts import evaluate
+from fm_policy.evaluation.runs import Run, evaluate_into
+from fm_policy.evaluation.statistics import mean_interval, wilson_interval
+
+RUN = Run(seed=1000, episodes=5, repeats=2, batch_size=4, packages=("gym-pusht", "pymunk"))
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint, short_pusht, tmp_path_factory):
+    """Folder and summary of an unbroken evaluation."""
+    folder = tmp_path_factory.mktemp("runs") / "new" / "folder"
+    return folder, evaluate_into(folder, checkpoint, short_pusht, RUN)
+
+
+def by_key(folder):
+    return sorted(read_episodes(folder / "episodes.jsonl"), key=lambda episode: episode.key)
+
+
+def test_rows_are_those_of_the_engine(finished, checkpoint, short_pusht):
+    rows = evaluate(
+        checkpoint.policy, checkpoint.preprocessor, checkpoint.postprocessor, short_pusht, range(1000, 1005), 2
+    )
+    assert by_key(finished[0]) == sorted(rows, key=lambda episode: episode.key)
+
+
+def test_summary_says_what_the_rows_say(finished):
+    folder, summary = finished
+    rows = by_key(folder)
+    rewards = np.array([row.max_reward for row in rows]).reshape(5, 2)
+    assert summary["score"] == pytest.approx(rewards.mean())
+    assert summary["score_interval"] == pytest.approx(mean_interval(rewards))
+    assert summary["best_of_r"] == pytest.approx(rewards.max(axis=1).mean())
+    assert summary["success"] == 0
+    assert summary["success_interval"] == pytest.approx(wilson_interval(0, 5))
+    assert summary["measures"]["final_coverage"] == pytest.approx(np.mean([r.measures["final_coverage"] for r in rows]))
+    assert (summary["episodes"], summary["repeats"], summary["nfe"], summary["steps"]) == (5, 2, 2, 30)
+    assert summary["ms_per_chunk"]["rows"] == 16
+    assert 0 < summary["ms_per_chunk"]["p50"] <= summary["ms_per_chunk"]["p99"]
+
+
+def test_summary_tells_where_it_comes_from(finished, checkpoint, short_pusht):
+    folder, summary = finished
+    assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert summary["policy"] == {"path": str(checkpoint.path), "fingerprint": checkpoint.fingerprint}
+    assert summary["task"]["config"]["block_range"] == [100, 400]
+    assert set(summary["task"]["versions"]) == {"gym-pusht", "pymunk"}
+    assert {"lerobot", "torch", "numpy", "gymnasium"} <= set(summary["versions"])
+    assert summary["command"].startswith("python ")
+    assert summary["hardware"]["cores"] >= 1 and summary["hardware"]["cpu"]
+    assert summary["seconds"]["evaluation"] > 0
+    assert not list(folder.glob("*.part"))
+
+
+def test_text_names_score_and_success(finished):
+    text = as_text(finished[1])
+    assert f"score      {finished[1]['score']:.3f}" in text
+    assert "5 seeds x 2 repeats, NFE 2 per chunk" in text
+    assert "best of 2" in text
+
+
+@pytest.mark.parametrize("kept", [0, 1, 7, 10])
+def test_a_broken_evaluation_ends_with_the_rows_of_an_unbroken_one(finished, checkpoint, short_pusht, tmp_path, kept):
+    """As a kill leaves it: some rows whole, the next one half, no summary."""
+    folder, unbroken = finished
+    lines = (folder / "episodes.jsonl").read_text().splitlines(keepends=True)
+    rest = "".join(lines[kept:])[:40]
+    (tmp_path / "run.json").write_text((folder / "run.json").read_text())
+    (tmp_path / "episodes.jsonl").write_text("".join(lines[:kept]) + rest)
+    summary = evaluate_into(tmp_path, checkpoint, short_pusht, replace(RUN, batch_size=3), resume=True)
+    assert by_key(tmp_path) == by_key(folder)
+    assert summary["episodes_run_now"] == 10 - kept
+    same = ("score", "score_interval", "success", "success_interval", "best_of_r", "measures", "nfe", "task", "policy")
+    assert {name: summary[name] for name in same} == {name: unbroken[name] for name in same}
+
+
+def test_resuming_in_an_empty_folder_starts(checkpoint, short_pusht, tmp_path):
+    summary = evaluate_into(tmp_path, checkpoint, short_pusht, replace(RUN, episodes=1, repeats=1), resume=True)
+    assert summary["episodes_run_now"] == 1
+    assert summary["score_interval"] is None
+
+
+def test_a_full_folder_is_refused_unless_it_is_to_be_continued(finished, checkpoint, short_pusht):
+    with pytest.raises(ValueError, match="is not empty"):
+        evaluate_into(finished[0], checkpoint, short_pusht, RUN)
+
+
+def test_a_foreign_folder_is_not_continued(checkpoint, short_pusht, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"run\.json is missing beside \['notes\.txt'\]"):
+        evaluate_into(tmp_path, checkpoint, short_pusht, RUN, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_another_evaluation_is_not_continued_and_what_differs_is_named(
+    finished, make_checkpoint, checkpoint, short_pusht
+):
+    def refusal(policy=checkpoint, task=short_pusht, run=RUN):
+        with pytest.raises(ValueError, match="holds another evaluation") as error:
+            evaluate_into(finished[0], policy, task, run, resume=True)
+        return str(error.value)
+
+    assert "repeats: 2 there, 3 now" in refusal(run=replace(RUN, repeats=3))
+    assert "n_action_steps: 8 there, 4 now" in refusal(run=replace(RUN, n_action_steps=4))
+    assert "task.config.starts: 'random_state' there, 'gymnasium' now" in refusal(
+        task=replace(short_pusht, starts="gymnasium")
+    )
+    assert "num_solver_steps: 2 there, 3 now" in refusal(policy=make_checkpoint(num_solver_steps=3))
+    other = refusal(policy=make_checkpoint(time_embed_dim=8))
+    assert "policy: '" in other and "num_solver_steps" not in other
+
+
+@pytest.mark.parametrize("values", [{"episodes": 0}, {"repeats": 0}, {"seed": -1}, {"batch_size": 0}, {"videos": -1}])
+def test_bad_values_are_refused_by_name(values):
+    ((name, value),) = values.items()
+    with pytest.raises(ValueError, match=f"{name} must be at least [01], got {value}"):
+        Run(**values)
+
+
+def test_videos_are_the_first_episodes(checkpoint, short_pusht, tmp_path):
+    evaluate_into(tmp_path, checkpoint, short_pusht, replace(RUN, episodes=2, repeats=1, videos=1))
+    assert [path.name for path in tmp_path.glob("videos/*")] == ["episode_1000_0.mp4"]
+
+
+def test_summarise_pools_the_calls_of_an_adaptive_solver(finished):
+    rows = by_key(finished[0])[:2]
+    two = [replace(rows[0], nfe=10.0, chunks=1), replace(rows[1], nfe=40.0, chunks=2)]
+    assert summarise(two)["nfe"] == 30.0
+
+
+def test_chunk_times_are_those_of_the_usual_size():
+    calls = [(64, 0.010), (64, 0.012), (64, 0.011), (16, 9.0), (32, 9.0)]
+    assert chunk_times(calls) == {"p50": 11.0, "p99": pytest.approx(11.98), "rows": 64}
+    assert chunk_times([]) is None
