@@ -63,7 +63,7 @@ class Transformer(VelocityNet):
     ) -> None:
         super().__init__()
         self.time_embedding = TimeEmbedding(dim)
-        self.obs_embedding = nn.Linear(obs_dim, dim)
+        self.obs_embedding = nn.Sequential(nn.Linear(obs_dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
         self.activation = nn.SiLU()
         self.embed = nn.Linear(action_dim, dim)
         self.position = nn.Parameter(0.02 * torch.randn(1, horizon, dim))
