@@ -77,8 +77,7 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         if config.use_ema:
             self.ema_net = copy.deepcopy(self.net).requires_grad_(False)
             self.register_buffer("ema_updates", torch.zeros((), dtype=torch.int64))
-        # Seed and count of the training steps' randomness, see `_repeatable`.
-        self.register_buffer("training_key", torch.stack([torch.randint(2**31, ()), torch.tensor(0)]))
+        self.register_buffer("training_steps", torch.zeros((), dtype=torch.int64))  # see `_repeatable`
         self.nfe = config.nfe or 0
         if config.window_store and dataset_meta is not None:
             window_store.attach(window_store.open_store(dataset_meta, config.observation_window, config.action_window))
@@ -128,12 +127,14 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         """Make the randomness of a training step (noise, times, crops, dropout) a function of seed and step alone.
 
         LeRobot restores torch's generator when it resumes, but its loader draws from it once more than the unbroken
-        run did. With a key of its own, kept in the checkpoint, the policy repeats that run to the bit.
+        run did. With its own count of the steps, kept in the checkpoint, the policy repeats that run to the bit.
+        The seed is the one that torch was last seeded with, `--seed` in LeRobot.
         """
-        self.training_key[1] += 1
+        self.training_steps += 1
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        seed = np.random.SeedSequence([*self.training_key.tolist(), rank]).generate_state(1, np.uint64)
-        device = self.training_key.device
+        key = torch.initial_seed(), int(self.training_steps), rank
+        seed = np.random.SeedSequence(key).generate_state(1, np.uint64)
+        device = self.training_steps.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(int(seed[0]))
             yield
@@ -300,7 +301,7 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         config.use_ema = False
         policy = FlowMatchingPolicy(config)
         policy.net.load_state_dict((self.ema_net if self.config.use_ema else self.net).state_dict())
-        policy.training_key.copy_(self.training_key)
+        policy.training_steps.copy_(self.training_steps)
         return policy.eval()
 
 

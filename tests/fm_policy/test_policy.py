@@ -54,6 +54,9 @@ class TestTraining:
         other.forward(batch)
         torch.rand(3)  # what LeRobot's loader does when a run is resumed
         assert other.forward(batch)[0] == second
+        other.training_steps -= 1
+        torch.manual_seed(1)
+        assert other.forward(batch)[0] != second
 
     def test_per_sample_losses_average_to_the_loss(self, tiny):
         policy = tiny.policy().eval()
