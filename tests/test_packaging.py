@@ -120,7 +120,7 @@ def test_lerobot_is_bounded_to_the_version_that_the_plugin_is_written_for():
 
 def test_the_core_needs_no_simulator_and_each_task_has_its_extra():
     core = {needed.name for needed in requirements() if needed.marker is None}
-    assert core == {"lerobot", "torchdiffeq"}
+    assert core == {"filelock", "gymnasium", "lerobot", "packaging", "scipy", "torchdiffeq", "tqdm"}
     extras = set(distribution(NAME).metadata.get_all("Provides-Extra"))
     assert extras == {"pusht", "kitchen", "robosuite", "certify", "export", "robot"}
 
