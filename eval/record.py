@@ -5,6 +5,7 @@ The set that ships with the package was made this way. Its starts are none of th
 
 import argparse
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +24,19 @@ BATCH = 64
 
 
 def successes(checkpoint: Checkpoint, first_seed: int) -> Iterator[Episode]:
-    """Successful episodes, without end, up to the step that succeeds; starts of `first_seed` and those after it."""
+    """Successful episodes, without end, up to the step that succeeds; starts of `first_seed` and those after it.
+
+    Raises:
+        ValueError: A whole batch of starts brought no success: there would be no end.
+    """
     env = make_env_config("pusht", starts="random_state").create_envs(BATCH)["fm_pusht"][0]
     generator = torch.Generator().manual_seed(first_seed)
     while True:
         seeds = list(range(first_seed, first_seed + BATCH))
         first_seed += BATCH
         frames, solved_at = roll_batch(checkpoint, env, seeds, generator)
+        if not solved_at.any():
+            raise ValueError(f"the policy succeeds in none of the starts {seeds[0]}-{seeds[-1]}: nothing to record")
         for row in np.flatnonzero(solved_at):
             columns = {name: values[: solved_at[row], row] for name, values in frames.items()}
             columns["next.done"][-1] = True
@@ -67,9 +74,11 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=200, help="successful episodes to keep")
     parser.add_argument("--seed", type=int, default=50000, help="first start")
     args = parser.parse_args()
-    endless = successes(load_checkpoint(args.policy), args.seed)
-    kept = (next(endless) for _ in range(args.episodes))
-    episodes, frames = write_dataset(args.root, FPS, features("state"), kept, total=args.episodes)
+    try:
+        kept = islice(successes(load_checkpoint(args.policy), args.seed), max(args.episodes, 0))
+        episodes, frames = write_dataset(args.root, FPS, features("state"), kept, total=args.episodes)
+    except (ValueError, FileExistsError) as error:
+        raise SystemExit(f"record.py: {error}") from error
     print(f"{args.root}: {episodes} episodes, {frames} frames")
 
 
