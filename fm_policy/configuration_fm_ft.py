@@ -6,10 +6,11 @@ from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.optim import AdamWConfig, DiffuserSchedulerConfig
 from lerobot.utils.constants import ACTION
 
-from fm_policy.flow.coupling import COUPLINGS
+from fm_policy.flow.coupling import COUPLINGS, REFUSED
 from fm_policy.flow.solvers import SOLVER_CALLS
 
-STAGES = ("pretrain",)
+STAGES = ("pretrain", "finetune")
+VARIANCES = ("scalar", "diagonal", "learned")
 VELOCITY_NETS = ("unet", "transformer")
 BACKBONES = ("resnet18", "resnet34")
 
@@ -53,14 +54,32 @@ class FlowMatchingConfig(PreTrainedConfig):
         transformer_layers: Number of its blocks.
         transformer_heads: Attention heads; divides `transformer_dim`.
         transformer_dropout: Dropout probability.
-        stage: `pretrain`: conditional flow matching, eq. (3).
-        coupling: How noise is paired with data: `independent`.
-        solver: ODE solver of inference: `euler`, `midpoint`, `heun`, `rk4` or `dopri5`.
-        num_solver_steps: Steps of a fixed-grid solver from noise to chunk; `dopri5` chooses its own.
+        stage: `pretrain`: conditional flow matching, eq. (3). `finetune`: maximum likelihood of the chunks that the
+            solver makes, eq. (6); starts from a pre-trained policy's averaged weights, or from scratch.
+        coupling: How noise is paired with data: `independent`, and when fine-tuning also `nearest` (of `nearest_k`
+            noises the one whose chunk comes nearest to the data) or `inverse` (the data carried back to noise
+            by the base). See `fm_policy.flow.coupling`.
+        nearest_k: Noises to choose from in the coupling `nearest`.
+        solver: ODE solver of inference: `euler`, `midpoint`, `heun`, `rk4` or `dopri5`. Fine-tuning goes through
+            it, so it must have a fixed grid.
+        num_solver_steps: Steps of a fixed-grid solver from noise to chunk; `dopri5` chooses its own. A fine-tuned
+            policy belongs to the grid that it was trained through.
+        variance: Of the likelihood of a reconstruction: `scalar`, eq. (6); `diagonal`, eq. (B.7), one fixed
+            `sigma` per element; `learned`, the same with its log-determinant.
+        sigma: Standard deviations for `diagonal` (and where `learned` starts), in units of the normalised action:
+            `action_dim` numbers for every time step, or `horizon * action_dim`, time by time.
+        cfm_weight: Weight of the flow-matching loss, eq. (3), that remains beside the likelihood in fine-tuning.
+        checkpoint_solver: Fine-tuning keeps only the states between solver steps and computes the rest again in
+            the backward pass: the memory of one step, for about a third more time.
+        train_encoder: Fine-tuning trains the observation encoder along; False: it stays the base's.
+        keep_statistics: Fine-tuning on a data set with other statistics keeps the base's normalisation; False:
+            such a data set is refused.
         use_ema: Keep a moving average of the weights, and use it whenever the policy is not training.
         ema_power: Exponent of the average's warm-up, decay = 1 - update^(-power).
         ema_max_decay: Upper bound of the decay.
-        optimizer_lr: Peak learning rate of AdamW.
+        finetune_lr: Learning rate of fine-tuning, constant. `optimizer_lr` and the schedule are those of pre-training:
+            a later stage inherits them from its base and does not use them.
+        optimizer_lr: Peak learning rate of AdamW in pre-training.
         optimizer_betas: Its betas.
         optimizer_weight_decay: Its weight decay.
         scheduler_name: Schedule of the learning rate, a name of diffusers' `get_scheduler`.
@@ -103,8 +122,17 @@ class FlowMatchingConfig(PreTrainedConfig):
 
     stage: str = "pretrain"
     coupling: str = "independent"
+    nearest_k: int = 5
     solver: str = "euler"
     num_solver_steps: int = 16
+
+    variance: str = "scalar"
+    sigma: tuple[float, ...] = ()
+    cfm_weight: float = 0.0
+    checkpoint_solver: bool = False
+    train_encoder: bool = True
+    keep_statistics: bool = False
+    finetune_lr: float = 5e-6
 
     use_ema: bool = True
     ema_power: float = 0.75
@@ -124,6 +152,7 @@ class FlowMatchingConfig(PreTrainedConfig):
             self.drop_n_last_frames = max(0, self.horizon - self.n_action_steps - self.n_obs_steps + 1)
         self._check_choices()
         self._check_time()
+        self._check_finetuning()
         self._check_nets()
         self._check_images()
         self._check_normalization()
@@ -132,10 +161,13 @@ class FlowMatchingConfig(PreTrainedConfig):
         choices = {
             "stage": STAGES,
             "coupling": tuple(COUPLINGS),
+            "variance": VARIANCES,
             "solver": tuple(SOLVER_CALLS),
             "velocity_net": VELOCITY_NETS,
             "vision_backbone": BACKBONES,
         }
+        if self.coupling in REFUSED:
+            raise ValueError(f"coupling={self.coupling!r} is not for a policy: {REFUSED[self.coupling]}")
         for name, known in choices.items():
             value = getattr(self, name)
             if value not in known:
@@ -152,6 +184,24 @@ class FlowMatchingConfig(PreTrainedConfig):
                 f"n_action_steps={self.n_action_steps} exceeds the {self.chunk_length} actions from the present "
                 f"on that a chunk holds (horizon={self.horizon} - n_obs_steps={self.n_obs_steps} + 1)"
             )
+
+    def _check_finetuning(self) -> None:
+        if self.nearest_k < 1:
+            raise ValueError(f"nearest_k must be at least 1, got {self.nearest_k}")
+        if self.cfm_weight < 0 or self.finetune_lr < 0:
+            raise ValueError(
+                f"cfm_weight and finetune_lr must not be negative, got {self.cfm_weight} and {self.finetune_lr}"
+            )
+        if any(sigma <= 0 for sigma in self.sigma):
+            raise ValueError(f"every sigma must be positive, got {list(self.sigma)}")
+        if self.variance == "diagonal" and not self.sigma:
+            raise ValueError("variance='diagonal' needs sigma: one number per action dimension, or per element")
+        if self.stage == "pretrain" and self.coupling != "independent":
+            raise ValueError(
+                f"coupling={self.coupling!r} is for stage 'finetune': flow matching needs 'independent' pairs"
+            )
+        if self.stage == "pretrain" and not self.train_encoder:
+            raise ValueError("train_encoder=False is for stage 'finetune': pre-training starts from random weights")
 
     def _check_nets(self) -> None:
         if self.velocity_net == "unet":
@@ -236,9 +286,9 @@ class FlowMatchingConfig(PreTrainedConfig):
         return None
 
     def get_optimizer_preset(self) -> AdamWConfig:
-        """AdamW with the fields above."""
+        """AdamW with the fields above, and the stage's learning rate."""
         return AdamWConfig(
-            lr=self.optimizer_lr,
+            lr=self.optimizer_lr if self.stage == "pretrain" else self.finetune_lr,
             betas=self.optimizer_betas,
             weight_decay=self.optimizer_weight_decay,
             eps=1e-8,
@@ -246,7 +296,9 @@ class FlowMatchingConfig(PreTrainedConfig):
         )
 
     def get_scheduler_preset(self) -> DiffuserSchedulerConfig:
-        """The schedule named above."""
+        """The schedule named above in pre-training, a constant learning rate later."""
+        if self.stage != "pretrain":
+            return DiffuserSchedulerConfig(name="constant", num_warmup_steps=0)
         return DiffuserSchedulerConfig(name=self.scheduler_name, num_warmup_steps=self.scheduler_warmup_steps)
 
     def validate_features(self) -> None:
@@ -261,6 +313,12 @@ class FlowMatchingConfig(PreTrainedConfig):
             raise ValueError(
                 "the policy needs an image, 'observation.state' or 'observation.environment_state' to observe, "
                 f"got {list(self.input_features or {})}"
+            )
+        elements = self.horizon * self.action_feature.shape[0]
+        if len(self.sigma) not in (0, elements // self.horizon, elements):
+            raise ValueError(
+                f"sigma needs {elements // self.horizon} numbers (one per action dimension) or {elements} (one per "
+                f"element of a chunk), got {len(self.sigma)}"
             )
         for name, feature in self.image_features.items():
             height_width = self.resize_shape or feature.shape[1:]

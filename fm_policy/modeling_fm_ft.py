@@ -8,13 +8,13 @@ Data contract
 """
 
 import copy
+import math
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, Self
 
-import numpy as np
 import torch
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.policies.utils import populate_queues
@@ -22,38 +22,24 @@ from lerobot.utils.constants import ACTION
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fm_policy import model_card, window_store
+from fm_policy import contract, model_card, stages, window_store
 from fm_policy.configuration_fm_ft import FlowMatchingConfig
 from fm_policy.ema import ema_decay, ema_update
-from fm_policy.encoders import ObservationEncoder
-from fm_policy.flow.coupling import COUPLINGS
-from fm_policy.flow.losses import Reduction, masked_mse
+from fm_policy.flow.coupling import independent, inverse, nearest
+from fm_policy.flow.diagnostics import StepGradients, mode_changes, spread
+from fm_policy.flow.losses import Reduction, cfm_loss, gaussian_nll, masked_mse
 from fm_policy.flow.noise import sample_noise
-from fm_policy.flow.path import interpolate, path_velocity
-from fm_policy.flow.solvers import CountedVelocity, integrate
-from fm_policy.velocity import Transformer, Unet1d, VelocityNet
+from fm_policy.flow.solvers import CountedVelocity, Velocity, integrate
+from fm_policy.net import FlowMatchingNet
+from fm_policy.repeatable import repeatable
 
+# A learned variance must follow the error, which falls within hundreds of steps; in the net's steps of 5e-6 it stood.
+VARIANCE_LR = 1e-2
+INITIAL_SIGMA = 0.1
 
-class FlowMatchingNet(nn.Module):
-    """Everything that is trained: the observation encoder and the velocity net."""
-
-    def __init__(self, config: FlowMatchingConfig) -> None:
-        super().__init__()
-        features = config.input_features or {}
-        cameras = list(config.image_features)
-        self.encoder = ObservationEncoder(
-            numbers={name: ft.shape[0] for name, ft in features.items() if name not in cameras},
-            cameras=cameras,
-            n_obs_steps=config.n_obs_steps,
-            separate=config.use_separate_rgb_encoder_per_camera,
-            backbone=config.vision_backbone,
-            group_norm=config.use_group_norm,
-            keypoints=config.spatial_softmax_num_keypoints,
-            resize_shape=config.resize_shape,
-            crop_shape=config.crop_shape,
-            crop_is_random=config.crop_is_random,
-        )
-        self.velocity = _make_velocity_net(config, self.encoder.output_dim)
+# Held-out spread and changes of mode: as many solves as a batch of 128, of enough noises to tell two modes.
+SPREAD_NOISES, SPREAD_ROWS = 8, 16
+HELD_OUT_KEY = (0, 0)
 
 
 class FlowMatchingPolicy(PreTrainedPolicy):
@@ -77,11 +63,34 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         if config.use_ema:
             self.ema_net = copy.deepcopy(self.net).requires_grad_(False)
             self.register_buffer("ema_updates", torch.zeros((), dtype=torch.int64))
+        if config.stage != "pretrain" and dataset_meta is not None:
+            self._prepare_finetuning()
+        if config.variance != "scalar":
+            self._add_variance()
         self.register_buffer("training_steps", torch.zeros((), dtype=torch.int64))  # see `_repeatable`
         self.nfe = config.nfe or 0
         if config.window_store and dataset_meta is not None:
             window_store.attach(window_store.open_store(dataset_meta, config.observation_window, config.action_window))
+        self._held_out: list[dict[str, float]] = []
+        self._gradients: StepGradients | None = None
         self.reset()
+
+    def _prepare_finetuning(self) -> None:
+        if self.config.nfe is None:
+            raise ValueError(f"fine-tuning goes through a fixed grid, which solver={self.config.solver!r} has not")
+        self.base_net = copy.deepcopy(self.net).requires_grad_(False)
+        if not self.config.train_encoder:
+            self.net.encoder.requires_grad_(False)
+
+    def _add_variance(self) -> None:
+        """Log sigma^2 of each element of a chunk, `(horizon, action_dim)`: a parameter if learned, else a constant."""
+        sigma = torch.tensor(self.config.sigma or [INITIAL_SIGMA], dtype=torch.float32)
+        shape = (self.config.horizon, self._action_dim)
+        log_variance = 2 * (sigma.view(shape) if len(sigma) == math.prod(shape) else sigma.expand(shape)).log()
+        if self.config.variance == "learned":
+            self.log_variance = nn.Parameter(log_variance.clone())
+        else:
+            self.register_buffer("log_variance", log_variance, persistent=False)
 
     @property
     def active_net(self) -> FlowMatchingNet:
@@ -90,12 +99,28 @@ class FlowMatchingPolicy(PreTrainedPolicy):
 
     # ------------------------------------------------------------------ training
 
-    def get_optim_params(self) -> list[nn.Parameter]:
-        """The parameters to train; the moving average is none of them."""
-        return list(self.net.parameters())
+    def get_optim_params(self) -> list[nn.Parameter] | list[dict[str, Any]]:
+        """The parameters to train: the net without its copies, and the variance if it is learned."""
+        net: Any = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
+        if self.config.variance != "learned":
+            return net
+        return [{"params": net}, {"params": [self.log_variance], "lr": VARIANCE_LR, "weight_decay": 0.0}]
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch training mode; what is not trained stays in evaluation mode, and so does the map in fine-tuning.
+
+        Fine-tuning trains the map that the robot runs, which has no dropout.
+        """
+        super().train(mode)
+        still = [getattr(self, name) for name in ("ema_net", "base_net") if hasattr(self, name)]
+        if self.config.stage != "pretrain":
+            still += [self.net.velocity] if self.config.train_encoder else [self.net]
+        for module in still:
+            module.eval()
+        return self
 
     def forward(self, batch: dict[str, Tensor], reduction: Reduction = "mean") -> tuple[Tensor, dict[str, float]]:
-        """Conditional flow-matching loss, eq. (3).
+        """The loss of the stage: conditional flow matching, eq. (3), or the likelihood of reconstructions, eq. (6).
 
         Args:
             batch: Preprocessed windows: observations `(B, n_obs_steps, *shape)`, `action`
@@ -103,41 +128,120 @@ class FlowMatchingPolicy(PreTrainedPolicy):
             reduction: "mean" for a scalar, "none" for one loss per sample, `(B,)`.
 
         Returns:
-            The loss, and what to log: `cfm_loss`, and in evaluation mode `reconstruction_error`, the mean
-            squared error of the chunk that the deployed solver produces from the same noise.
+            The loss, and what to log: `cfm_loss` where it is part of the loss; in stage `finetune`
+            `reconstruction_error`, the mean squared error of the chunks that the solver makes, and `grad_step_<n>`,
+            the norms of the last step's gradient with respect to the velocities of solver step n; in evaluation mode
+            the numbers of `held_out`. LeRobot discards these, so the next training step logs their means again.
 
         Raises:
             ValueError: If the windows do not have the shapes above.
         """
-        self._check_windows(batch)
-        with self._repeatable() if self.training else nullcontext():
-            o = self.active_net.encoder(batch)
-            x1, is_pad = batch[ACTION], batch.get(f"{ACTION}_is_pad")
-            x0 = COUPLINGS[self.config.coupling](x1)
-            t = torch.rand(len(x1), device=x1.device, dtype=x1.dtype)
-            v = self.active_net.velocity(t, interpolate(t, x0, x1), o)
-        loss = masked_mse(v, path_velocity(x0, x1), is_pad, reduction)
-        logs = {"cfm_loss": loss.mean().item()}
-        if not self.training:
-            logs["reconstruction_error"] = masked_mse(self._solve(x0, o), x1, is_pad).item()
+        contract.check_windows(self.config, batch)
+        with self._repeatable():
+            o = self._encode(batch)
+            stage_loss = self._cfm if self.config.stage == "pretrain" else self._likelihood
+            loss, logs = stage_loss(batch, o, reduction)
+            if not self.training:
+                held_out = self.held_out(batch, o)
+                self._held_out.append(held_out)
+                return loss, logs | held_out
+        return loss, logs | self._held_out_means()
+
+    def _encode(self, batch: dict[str, Tensor]) -> Tensor:
+        frozen = self.config.stage != "pretrain" and not self.config.train_encoder
+        with torch.no_grad() if frozen else nullcontext():
+            return self.active_net.encoder(batch)
+
+    def _cfm(self, batch: dict[str, Tensor], o: Tensor, reduction: Reduction) -> tuple[Tensor, dict[str, float]]:
+        x1, is_pad = batch[ACTION], batch.get(f"{ACTION}_is_pad")
+        loss = cfm_loss(self._velocity(o), independent(x1), x1, is_pad, reduction)
+        return loss, {"cfm_loss": loss.mean().item()}
+
+    def _likelihood(self, batch: dict[str, Tensor], o: Tensor, reduction: Reduction) -> tuple[Tensor, dict[str, float]]:
+        """Negative log-likelihood of the data around the solver's chunks, eq. (6) or (B.6), by its exact gradient."""
+        x1, is_pad = batch[ACTION], batch.get(f"{ACTION}_is_pad")
+        x0 = self._pair(batch, o)
+        logs = {} if self._gradients is None else self._gradients.logs()
+        self._gradients = StepGradients(self._velocity(o), self.config.num_solver_steps)
+        chunk = self._solve(self._gradients, x0)
+        loss = error = masked_mse(chunk, x1, is_pad, reduction)
+        logs["reconstruction_error"] = error.mean().item()
+        if self.config.variance != "scalar":
+            loss = gaussian_nll(chunk, x1, self.log_variance, is_pad, reduction)
+            logs["sigma"] = (0.5 * self.log_variance).exp().mean().item()
+        if self.config.cfm_weight:
+            remaining, cfm_logs = self._cfm(batch, o, reduction)
+            loss, logs = loss + self.config.cfm_weight * remaining, logs | cfm_logs
         return loss, logs
 
-    @contextmanager
-    def _repeatable(self) -> Iterator[None]:
-        """Make the randomness of a training step (noise, times, crops, dropout) a function of seed and step alone.
+    def _pair(self, batch: dict[str, Tensor], o: Tensor) -> Tensor:
+        """Noise for the batch's data, by the configured coupling."""
+        x1, is_pad = batch[ACTION], batch.get(f"{ACTION}_is_pad")
+        if self.config.coupling == "nearest":
+            k = self.config.nearest_k
+            v = self._velocity(o.detach().repeat(k, 1))
+            return nearest(x1, k, lambda x0: self._solve(v, x0), is_pad)
+        if self.config.coupling == "inverse":
+            return inverse(x1, self._base_velocity(batch))
+        return independent(x1)
 
-        LeRobot restores torch's generator when it resumes, but its loader draws from it once more than the unbroken
-        run did. With its own count of the steps, kept in the checkpoint, the policy repeats that run to the bit.
-        The seed is the one that torch was last seeded with, `--seed` in LeRobot.
+    def _base_velocity(self, batch: dict[str, Tensor], repeats: int = 1) -> Velocity:
+        if not hasattr(self, "base_net"):
+            raise ValueError(
+                "the policy holds no copy of its base, which is made where a data set is handed in: "
+                "FlowMatchingPolicy.from_pretrained(..., dataset_meta=dataset.meta)"
+            )
+        with torch.no_grad():
+            return self._velocity(self.base_net.encoder(batch).repeat(repeats, 1), self.base_net)
+
+    def reconstruct(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
+        """The chunks that the deployed solver makes of training windows, with gradients where they are enabled.
+
+        Args:
+            batch: As for `forward`.
+            noise: x0, `(B, horizon, action_dim)`; drawn if not given.
+
+        Returns:
+            Normalised chunks from the first observation on, `(B, horizon, action_dim)`.
         """
+        contract.check_windows(self.config, batch)
+        x1 = batch[ACTION]
+        noise = independent(x1) if noise is None else noise
+        contract.check_noise(noise, tuple(x1.shape))
+        return self._solve(self._velocity(self._encode(batch)), noise.to(x1))
+
+    @torch.no_grad()
+    def held_out(self, batch: dict[str, Tensor], o: Tensor) -> dict[str, float]:
+        """What the policy does on data that it does not learn from.
+
+        Returns:
+            `reconstruction_error` on independent pairs, `spread` of the chunks of one observation, and, where the
+            base is at hand, `mode_changes`, the share of chunks that go to another mode than the base's from the
+            same noise; the latter two of `SPREAD_NOISES` noises for the first `SPREAD_ROWS` rows.
+        """
+        x1, is_pad = batch[ACTION], batch.get(f"{ACTION}_is_pad")
+        logs = {"reconstruction_error": masked_mse(self._solve(self._velocity(o), independent(x1)), x1, is_pad).item()}
+        rows = {name: value[:SPREAD_ROWS] for name, value in batch.items() if isinstance(value, Tensor)}
+        x0 = independent(x1[:SPREAD_ROWS].repeat(SPREAD_NOISES, 1, 1))
+        shape = (SPREAD_NOISES, -1, *x1.shape[1:])
+        samples = self._solve(self._velocity(o[:SPREAD_ROWS].repeat(SPREAD_NOISES, 1)), x0).view(shape)
+        logs["spread"] = spread(samples).mean().item()
+        if hasattr(self, "base_net"):
+            before = self._solve(self._base_velocity(rows, SPREAD_NOISES), x0).view(shape)
+            logs["mode_changes"] = mode_changes(before, samples).float().mean().item()
+        return logs
+
+    def _held_out_means(self) -> dict[str, float]:
+        rows, self._held_out = self._held_out, []
+        return {f"held_out_{name}": fmean(row[name] for row in rows) for name in (rows[0] if rows else {})}
+
+    def _repeatable(self) -> AbstractContextManager[None]:
+        """Randomness by `--seed` and step in training; otherwise one draw for ever, so that weights are compared."""
+        if not self.training:
+            return repeatable(HELD_OUT_KEY, self.training_steps.device)
         self.training_steps += 1
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        key = torch.initial_seed(), int(self.training_steps), rank
-        seed = np.random.SeedSequence(key).generate_state(1, np.uint64)
-        device = self.training_steps.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(int(seed[0]))
-            yield
+        # The seed that torch was last seeded with is LeRobot's `--seed`.
+        return repeatable((torch.initial_seed(), int(self.training_steps)), self.training_steps.device)
 
     def update(self) -> None:
         """Move the average of the weights; LeRobot's trainer calls this after every optimiser step."""
@@ -169,7 +273,7 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         Returns:
             Normalised action, `(B, action_dim)`.
         """
-        observation = self._observation(batch)
+        observation = contract.observation(self.config, batch)
         self._check_batch_size(observation)
         populate_queues(self._queues, observation)
         if not self._queues[ACTION]:
@@ -196,57 +300,30 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         Raises:
             ValueError: If an observation is missing, misshapen or not finite, or the noise misshapen.
         """
-        history = self._history(self._observation(batch))
+        history = contract.history(self.config, contract.observation(self.config, batch))
         o = self.active_net.encoder(history)
         shape = (len(o), self.config.horizon, self._action_dim)
         if noise is None:
             noise = sample_noise(shape, generator, device=o.device, dtype=o.dtype)
-        elif tuple(noise.shape) != shape:
-            raise ValueError(f"noise must have the shape {shape}, got {tuple(noise.shape)}")
-        return self._solve(noise.to(o), o)[:, self.config.n_obs_steps - 1 :]
-
-    def _solve(self, x0: Tensor, o: Tensor) -> Tensor:
-        net = self.active_net
-        v = CountedVelocity(lambda t, x: net.velocity(t, x, o))
-        x1 = integrate(v, x0, self.config.solver, self.config.num_solver_steps)
+        contract.check_noise(noise, shape)
+        v = CountedVelocity(self._velocity(o))
+        x1 = self._solve(v, noise.to(o))
         self.nfe = v.calls
-        return x1
+        return x1[:, self.config.n_obs_steps - 1 :]
+
+    def _velocity(self, o: Tensor, net: FlowMatchingNet | None = None) -> Velocity:
+        velocity = (net or self.active_net).velocity
+        return lambda t, x: velocity(t, x, o)
+
+    def _solve(self, v: Velocity, x0: Tensor) -> Tensor:
+        """The map of the robot: from noise to chunk on the configured grid."""
+        config = self.config
+        checkpoint = config.checkpoint_solver and self.training
+        return integrate(v, x0, config.solver, config.num_solver_steps, checkpoint=checkpoint)
 
     @property
     def _action_dim(self) -> int:
         return self.config.action_feature.shape[0]
-
-    # ------------------------------------------------------------------ checks
-
-    def _observation(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The policy's own features of a batch, in order; LeRobot adds others, `action: None` among them."""
-        missing = [name for name in self._features if batch.get(name) is None]
-        if missing:
-            present = sorted(name for name, value in batch.items() if isinstance(value, Tensor))
-            raise ValueError(f"the observation lacks {missing}; it has {present}")
-        return {name: batch[name] for name in self._features}
-
-    @property
-    def _features(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(ft.shape) for name, ft in (self.config.input_features or {}).items()}
-
-    def _history(self, observation: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Check every feature, and repeat a raw frame along time."""
-        return {name: self._feature_history(name, value) for name, value in observation.items()}
-
-    def _feature_history(self, name: str, value: Tensor) -> Tensor:
-        shape, steps = self._features[name], self.config.n_obs_steps
-        if value.ndim == len(shape) + 1:
-            value = value.unsqueeze(1).expand(-1, steps, *value.shape[1:])
-        got = tuple(value.shape[1:])
-        resized = bool(self.config.resize_shape) and name in self.config.image_features
-        if got[:2] != (steps, shape[0]) if resized else got != (steps, *shape):
-            raise ValueError(
-                f"'{name}' must have the shape (B, {steps}, {shape}) or (B, {shape}), got {tuple(value.shape)}"
-            )
-        if not torch.isfinite(value).all():
-            raise ValueError(f"'{name}' holds NaN or infinity")
-        return value
 
     def _check_batch_size(self, observation: dict[str, Tensor]) -> None:
         name, value = next(iter(observation.items()))
@@ -256,38 +333,25 @@ class FlowMatchingPolicy(PreTrainedPolicy):
                 f"the batch size went from {len(queue[-1])} to {len(value)} within an episode: call reset() first"
             )
 
-    def _check_windows(self, batch: Mapping[str, Tensor]) -> None:
-        expected: dict[str, tuple[int, ...]] = {ACTION: (self.config.horizon, self._action_dim)}
-        expected |= {name: (self.config.n_obs_steps, *shape) for name, shape in self._features.items()}
-        for name, shape in expected.items():
-            if name not in batch:
-                raise ValueError(f"the training batch lacks '{name}'")
-            got = tuple(batch[name].shape[1:])
-            if got != shape:
-                raise ValueError(
-                    f"'{name}' must be a window (B, {', '.join(map(str, shape))}), got {tuple(batch[name].shape)}; "
-                    "with window_store=true the preprocessor makes the windows"
-                )
-
     # ------------------------------------------------------------------ checkpoints
 
     @classmethod
     def _load_as_safetensor(
         cls, model: "FlowMatchingPolicy", model_file: str, map_location: str, strict: bool
     ) -> "FlowMatchingPolicy":
-        """Load weights; unlike LeRobot's, refuse a file that does not fit.
-
-        A file of EMA weights only (see `ema_only`) starts a new average where `use_ema` is on.
+        """Load weights; unlike LeRobot's, refuse a file that does not fit, and a base that a stage cannot start from.
 
         Raises:
-            ValueError: Naming every missing, unexpected or wrongly shaped weight.
+            ValueError: Naming every missing, unexpected or wrongly shaped weight; or as the functions of `stages`.
         """
+        folder = Path(model_file).parent
+        new_stage = stages.starts_new_stage(model.config, folder)
+        stages.keep_statistics(model.config, folder)
         with safe_open(model_file, framework="pt", device=str(map_location)) as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if model.config.use_ema and not any(name.startswith("ema_") for name in weights):
-            weights |= {f"ema_{name}": weight.clone() for name, weight in weights.items() if name.startswith("net.")}
-            weights["ema_updates"] = torch.zeros((), dtype=torch.int64)
-        _check_weights(model.state_dict(), weights, model_file)
+        fresh = model.state_dict()
+        weights = (stages.first_weights if new_stage else stages.completed_weights)(weights, fresh)
+        stages.check_weights(fresh, weights, model_file)
         model.load_state_dict(weights)
         return model
 
@@ -302,32 +366,6 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         policy = FlowMatchingPolicy(config)
         policy.net.load_state_dict((self.ema_net if self.config.use_ema else self.net).state_dict())
         policy.training_steps.copy_(self.training_steps)
+        if self.config.variance == "learned":
+            policy.log_variance.data.copy_(self.log_variance)
         return policy.eval()
-
-
-def _make_velocity_net(config: FlowMatchingConfig, obs_dim: int) -> VelocityNet:
-    action_dim = config.action_feature.shape[0]
-    if config.velocity_net == "unet":
-        return Unet1d(action_dim, obs_dim, config.down_dims, config.kernel_size, config.n_groups, config.time_embed_dim)
-    return Transformer(
-        action_dim,
-        obs_dim,
-        config.horizon,
-        config.transformer_dim,
-        config.transformer_layers,
-        config.transformer_heads,
-        config.transformer_dropout,
-    )
-
-
-def _check_weights(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], file: str) -> None:
-    problems = [f"missing: {name}" for name in expected.keys() - weights.keys()]
-    problems += [f"unexpected: {name}" for name in weights.keys() - expected.keys()]
-    problems += [
-        f"wrong shape: {name} is {tuple(weights[name].shape)}, the configuration makes it {tuple(value.shape)}"
-        for name, value in expected.items()
-        if name in weights and weights[name].shape != value.shape
-    ]
-    if problems:
-        shown = "\n  ".join(sorted(problems)[:20])
-        raise ValueError(f"{file} does not fit its configuration, {len(problems)} weights differ:\n  {shown}")

@@ -58,7 +58,8 @@ def load_checkpoint(path: Path, device: str = "cpu", solver: str | None = None, 
     own = _inference(config)
     set_solver(config, solver, nfe)
     now = _inference(config)
-    note = "" if now == own else f"evaluating with {now}; the checkpoint's own is {own}"
+    relation = "the checkpoint's own is" if config.stage == "pretrain" else "the checkpoint was fine-tuned through"
+    note = "" if now == own else f"evaluating with {now}; {relation} {own}"
     processors = make_pre_post_processors(
         config, pretrained_path=str(path), preprocessor_overrides={"device_processor": {"device": device}}
     )

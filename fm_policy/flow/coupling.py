@@ -1,9 +1,32 @@
-"""Which noise is paired with which data: the coupling q(x0, x1 | o)."""
+"""Which noise is paired with which data: the coupling q(x0, x1 | o).
+
+Flow matching needs the independent coupling: inference draws N(0, I) whatever it observes. For the reconstruction
+loss, eq. (6), the pairs decide what is learned, since its minimiser over all maps is E[x1 | x0, o].
+"""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from fm_policy.flow.losses import masked_mse
 from fm_policy.flow.noise import sample_noise
+from fm_policy.flow.solvers import Velocity, integrate
+
+COUPLINGS = {
+    "independent": "noise without regard to the data: the reconstruction drifts towards E[x1 | o], the modes' average",
+    "nearest": "of several noises the one whose chunk comes nearest to the data: each mode keeps its noises",
+    "inverse": "the data carried back to noise by the frozen base: pairs that the base itself made",
+}
+
+REFUSED = {
+    "ot": "mini-batch optimal transport pairs noise and data without regard to the observation, so that training sees "
+    "another noise under each observation than the N(0, I) which inference draws (Cheng & Schwing 2025, C2OT). On "
+    "Push-T it takes the score from .92 to .15 while the training loss looks better",
+}
+
+# Two calls each: 32 calls, so that the error of the pair is that of the deployed grid and not of the way back.
+INVERSE_SOLVER, INVERSE_STEPS = "midpoint", 16
 
 
 def independent(x1: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -19,4 +42,42 @@ def independent(x1: Tensor, generator: torch.Generator | None = None) -> Tensor:
     return sample_noise(x1.shape, generator, device=x1.device, dtype=x1.dtype)
 
 
-COUPLINGS = {"independent": independent}
+@torch.no_grad()
+def nearest(
+    x1: Tensor,
+    k: int,
+    solve: Callable[[Tensor], Tensor],
+    is_pad: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Of k noises per row, the one whose chunk comes nearest to the data (as in IMLE, Li & Malik 2018).
+
+    x0 = argmin_j |phi(x0_j, o) - x1|^2. Each mode of the data keeps the noises that lead there, so that the
+    reconstruction loss does not average over modes. The price: the noises of training are a selection of N(0, I).
+
+    Args:
+        x1: Data, `(B, horizon, action_dim)`.
+        k: Noises per row, at least 1.
+        solve: The map phi from noise to chunk, `(k B, horizon, action_dim)` in one batch; row j B + i of it
+            belongs to row i of the data. No gradient is kept.
+        is_pad: True where a time step lies beyond its episode, `(B, horizon)`.
+        generator: Source of randomness; torch's global one when None.
+    """
+    if k < 1:
+        raise ValueError(f"nearest needs at least 1 noise per row, got k={k}")
+    noises = sample_noise((k * len(x1), *x1.shape[1:]), generator, device=x1.device, dtype=x1.dtype)
+    mask = None if is_pad is None else is_pad.repeat(k, 1)
+    errors = masked_mse(solve(noises), x1.repeat(k, 1, 1), mask, "none").view(k, len(x1))
+    rows = torch.arange(len(x1), device=x1.device)
+    return noises.view(k, *x1.shape)[errors.argmin(dim=0), rows]
+
+
+@torch.no_grad()
+def inverse(x1: Tensor, velocity: Velocity) -> Tensor:
+    """Carry the data back from t = 1 to t = 0 along a frozen velocity, finely: the noise that the base maps to it.
+
+    Args:
+        x1: Data, `(B, horizon, action_dim)`; padding repeats the last action and is carried along.
+        velocity: The base's v(t, x), for the observations of these rows.
+    """
+    return integrate(velocity, x1, INVERSE_SOLVER, INVERSE_STEPS, start=1.0, end=0.0)

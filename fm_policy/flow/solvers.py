@@ -8,7 +8,9 @@ is torchdiffeq's; its steps are chosen for a batch as a whole, so its rows are n
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as _checkpoint
 
 Velocity = Callable[[float | Tensor, Tensor], Tensor]
 """v(t, x) with a scalar t in [0, 1] and x `(B, ...)`; returns the shape of x."""
@@ -73,8 +75,21 @@ class CountedVelocity:
         return self.v(t, x)
 
 
-def integrate(v: Velocity, x0: Tensor, solver: str, num_steps: int, tolerance: float = 1e-5) -> Tensor:
-    """Carry x0 from t = 0 to t = 1 along v.
+def integrate(
+    v: Velocity,
+    x0: Tensor,
+    solver: str,
+    num_steps: int,
+    tolerance: float = 1e-5,
+    *,
+    start: float = 0.0,
+    end: float = 1.0,
+    checkpoint: bool = False,
+) -> Tensor:
+    """Carry x0 from t = 0 (noise) to t = 1 (data) along v, or between other times, backwards too.
+
+    A fixed grid is differentiated as it stands (discretise, then optimise): the gradient is that of the map
+    which is deployed, exactly, and not the adjoint equation's approximation of another one.
 
     Args:
         v: Velocity field.
@@ -82,19 +97,28 @@ def integrate(v: Velocity, x0: Tensor, solver: str, num_steps: int, tolerance: f
         solver: One of `SOLVER_CALLS`.
         num_steps: Number of equal steps of a fixed-grid scheme, at least 1; `dopri5` chooses its own.
         tolerance: Relative and absolute tolerance of `dopri5`.
+        start: Time of x0.
+        end: Time of the result.
+        checkpoint: Keep only the states between the steps for the backward pass and compute the rest again
+            there: equal gradients, the memory of one step, one more evaluation of v per call (Chen et al. 2016).
 
     Raises:
-        ValueError: If the solver is unknown or num_steps is below 1.
+        ValueError: If the solver is unknown, num_steps is below 1, or `dopri5` is to be checkpointed.
     """
     if solver == "dopri5":
-        return _integrate_dopri5(v, x0, tolerance)
+        if checkpoint:
+            raise ValueError("dopri5 has no fixed steps to checkpoint: choose one of " + ", ".join(SCHEMES))
+        return _integrate_dopri5(v, x0, tolerance, start, end)
     step = _scheme(solver).step
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
-    h = 1.0 / num_steps
+    h = (end - start) / num_steps
     x = x0
     for n in range(num_steps):
-        x = step(v, n * h, h, x)
+        if checkpoint and torch.is_grad_enabled():
+            x = _checkpoint(step, v, start + n * h, h, x, use_reentrant=False)
+        else:
+            x = step(v, start + n * h, h, x)
     return x
 
 
@@ -104,8 +128,8 @@ def _scheme(solver: str) -> Scheme:
     return SCHEMES[solver]
 
 
-def _integrate_dopri5(v: Velocity, x0: Tensor, tolerance: float) -> Tensor:
+def _integrate_dopri5(v: Velocity, x0: Tensor, tolerance: float, start: float, end: float) -> Tensor:
     from torchdiffeq import odeint
 
-    ends = x0.new_tensor([0.0, 1.0])
+    ends = x0.new_tensor([start, end])
     return odeint(v, x0, ends, method="dopri5", rtol=tolerance, atol=tolerance)[-1]

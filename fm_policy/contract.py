@@ -1,0 +1,78 @@
+"""What a batch must look like before the policy touches it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lerobot.utils.constants import ACTION
+from torch import Tensor
+
+from fm_policy.configuration_fm_ft import FlowMatchingConfig
+
+
+def observation(config: FlowMatchingConfig, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The policy's own features of a batch, in order; LeRobot adds others, `action: None` among them.
+
+    Raises:
+        ValueError: If one is missing.
+    """
+    features = config.input_features or {}
+    missing = [name for name in features if batch.get(name) is None]
+    if missing:
+        present = sorted(name for name, value in batch.items() if isinstance(value, Tensor))
+        raise ValueError(f"the observation lacks {missing}; it has {present}")
+    return {name: batch[name] for name in features}
+
+
+def history(config: FlowMatchingConfig, observation: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Observations as a history, `(B, n_obs_steps, *shape)` each; a raw frame `(B, *shape)` is repeated along time.
+
+    Raises:
+        ValueError: If a feature is misshapen or not finite.
+    """
+    return {name: _feature_history(config, name, value) for name, value in observation.items()}
+
+
+def _feature_history(config: FlowMatchingConfig, name: str, value: Tensor) -> Tensor:
+    shape, steps = tuple((config.input_features or {})[name].shape), config.n_obs_steps
+    if value.ndim == len(shape) + 1:
+        value = value.unsqueeze(1).expand(-1, steps, *value.shape[1:])
+    got = tuple(value.shape[1:])
+    resized = bool(config.resize_shape) and name in config.image_features
+    if got[:2] != (steps, shape[0]) if resized else got != (steps, *shape):
+        raise ValueError(
+            f"'{name}' must have the shape (B, {steps}, {shape}) or (B, {shape}), got {tuple(value.shape)}"
+        )
+    if not torch.isfinite(value).all():
+        raise ValueError(f"'{name}' holds NaN or infinity")
+    return value
+
+
+def check_windows(config: FlowMatchingConfig, batch: Mapping[str, Tensor]) -> None:
+    """Check a training batch: observations `(B, n_obs_steps, *shape)`, action `(B, horizon, action_dim)`.
+
+    Raises:
+        ValueError: If a window is missing or misshapen.
+    """
+    expected: dict[str, tuple[int, ...]] = {ACTION: (config.horizon, *config.action_feature.shape)}
+    features = config.input_features or {}
+    expected |= {name: (config.n_obs_steps, *feature.shape) for name, feature in features.items()}
+    for name, shape in expected.items():
+        if name not in batch:
+            raise ValueError(f"the training batch lacks '{name}'")
+        got = tuple(batch[name].shape[1:])
+        if got != shape:
+            raise ValueError(
+                f"'{name}' must be a window (B, {', '.join(map(str, shape))}), got {tuple(batch[name].shape)}; "
+                "with window_store=true the preprocessor makes the windows"
+            )
+
+
+def check_noise(noise: Tensor, shape: tuple[int, ...]) -> None:
+    """Check a given x0.
+
+    Raises:
+        ValueError: If it does not have the shape.
+    """
+    if tuple(noise.shape) != shape:
+        raise ValueError(f"noise must have the shape {shape}, got {tuple(noise.shape)}")

@@ -1,0 +1,44 @@
+"""Everything that is trained: the observation encoder and the velocity net, made from a configuration."""
+
+from torch import nn
+
+from fm_policy.configuration_fm_ft import FlowMatchingConfig
+from fm_policy.encoders import ObservationEncoder
+from fm_policy.velocity import Transformer, Unet1d, VelocityNet
+
+
+class FlowMatchingNet(nn.Module):
+    """An observation encoder, `o = encoder(batch)`, and a velocity net, `velocity(t, x, o)`."""
+
+    def __init__(self, config: FlowMatchingConfig) -> None:
+        super().__init__()
+        features = config.input_features or {}
+        cameras = list(config.image_features)
+        self.encoder = ObservationEncoder(
+            numbers={name: ft.shape[0] for name, ft in features.items() if name not in cameras},
+            cameras=cameras,
+            n_obs_steps=config.n_obs_steps,
+            separate=config.use_separate_rgb_encoder_per_camera,
+            backbone=config.vision_backbone,
+            group_norm=config.use_group_norm,
+            keypoints=config.spatial_softmax_num_keypoints,
+            resize_shape=config.resize_shape,
+            crop_shape=config.crop_shape,
+            crop_is_random=config.crop_is_random,
+        )
+        self.velocity = _make_velocity_net(config, self.encoder.output_dim)
+
+
+def _make_velocity_net(config: FlowMatchingConfig, obs_dim: int) -> VelocityNet:
+    action_dim = config.action_feature.shape[0]
+    if config.velocity_net == "unet":
+        return Unet1d(action_dim, obs_dim, config.down_dims, config.kernel_size, config.n_groups, config.time_embed_dim)
+    return Transformer(
+        action_dim,
+        obs_dim,
+        config.horizon,
+        config.transformer_dim,
+        config.transformer_layers,
+        config.transformer_heads,
+        config.transformer_dropout,
+    )

@@ -1,0 +1,189 @@
+"""From one stage of training to the next: which checkpoint may be its base, what is taken over, what is refused."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lerobot.configs import NormalizationMode, PreTrainedConfig
+from lerobot.processor import NormalizerProcessorStep, PolicyProcessorPipeline
+from torch import Tensor
+
+from fm_policy.configuration_fm_ft import FlowMatchingConfig
+
+# For each stage, the stages whose checkpoints it may be loaded from: its own, to go on, or the one before.
+BASES = {"pretrain": ("pretrain",), "finetune": ("pretrain", "finetune")}
+
+# What makes the weights and their meaning. A U-Net of another horizon would load without a word.
+INHERITED = (
+    *("input_features", "output_features", "normalization_mapping", "n_obs_steps", "horizon"),
+    *("resize_shape", "crop_shape", "vision_backbone", "use_group_norm", "spatial_softmax_num_keypoints"),
+    *("use_separate_rgb_encoder_per_camera", "velocity_net", "down_dims", "kernel_size", "n_groups"),
+    *("time_embed_dim", "transformer_dim", "transformer_layers", "transformer_heads"),
+)
+
+STATISTICS = {
+    NormalizationMode.MIN_MAX: ("min", "max"),
+    NormalizationMode.MEAN_STD: ("mean", "std"),
+    NormalizationMode.QUANTILES: ("q01", "q99"),
+    NormalizationMode.QUANTILE10: ("q10", "q90"),
+    NormalizationMode.IDENTITY: (),
+}
+
+
+def starts_new_stage(config: FlowMatchingConfig, folder: Path) -> bool:
+    """Whether a policy of this configuration starts a new stage from the checkpoint, instead of going on with its own.
+
+    Raises:
+        ValueError: If the checkpoint cannot be its base: another kind of policy, another shape, a later stage, or a
+            training that has not come to its end.
+    """
+    base = PreTrainedConfig.from_pretrained(folder)
+    if not isinstance(base, FlowMatchingConfig):
+        raise ValueError(f"{folder} holds a policy of type {base.type!r}, expected 'fm_ft'")
+    if base.stage not in BASES[config.stage]:
+        raise ValueError(
+            f"{folder} is of stage {base.stage!r}: stage {config.stage!r} goes on from {list(BASES[config.stage])}"
+        )
+    if base.stage == config.stage:
+        _mention_other_grid(config, base)
+        return False
+    _check_inherited(config, base, folder)
+    _check_finished(folder)
+    return True
+
+
+def _check_inherited(config: FlowMatchingConfig, base: FlowMatchingConfig, folder: Path) -> None:
+    differing = [
+        f"{name}: {getattr(base, name)} there, {getattr(config, name)} asked for"
+        for name in INHERITED
+        if _plain(getattr(base, name)) != _plain(getattr(config, name))
+    ]
+    if differing:
+        raise ValueError(
+            f"stage {config.stage!r} keeps the shape of its base {folder}, but:\n  " + "\n  ".join(differing)
+        )
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _check_finished(folder: Path) -> None:
+    """Refuse a checkpoint from the middle of its training; one without that training's records is a chosen one."""
+    state, settings = folder.parent / "training_state" / "training_step.json", folder / "train_config.json"
+    if not (state.is_file() and settings.is_file()):
+        return
+    step, steps = json.loads(state.read_text())["step"], json.loads(settings.read_text())["steps"]
+    if step < steps:
+        raise ValueError(
+            f"{folder} is half-trained: step {step} of {steps}. Resume that training; or, where an earlier checkpoint "
+            f"is the better one, choose it: python -m fm_policy.select {folder.parents[2]} --out DIR"
+        )
+
+
+def _mention_other_grid(config: FlowMatchingConfig, base: FlowMatchingConfig) -> None:
+    trained, now = (f"{c.solver} in {c.num_solver_steps} steps" for c in (base, config))
+    if base.stage != "pretrain" and trained != now:
+        logging.warning(f"The policy was fine-tuned through {trained} and now runs {now}: another map than the tuned.")
+
+
+def first_weights(weights: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights that a stage starts with: its base's averaged net in every role, all else as newly made.
+
+    Args:
+        weights: Of the base's file: `net.*`, perhaps `ema_net.*`, counters.
+        fresh: The new policy's own.
+    """
+    average = {name.removeprefix("ema_"): w for name, w in weights.items() if name.startswith("ema_net.")}
+    net = average or {name: w for name, w in weights.items() if name.startswith("net.")}
+    roles = [role for role in ("", "ema_", "base_") if any(name.startswith(f"{role}net.") for name in fresh)]
+    new = {name: w for name, w in fresh.items() if not name.startswith(("net.", "ema_net.", "base_net."))}
+    return new | {role + name: w.clone() for role in roles for name, w in net.items()}
+
+
+def completed_weights(weights: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A file's weights for a policy of the same stage, which may keep other copies of the net than the file.
+
+    A file of averaged weights alone starts a new average (`use_ema`) and is its own base; a policy that is loaded to
+    act needs no base.
+    """
+    complete = {name: w for name, w in weights.items() if name in fresh or not name.startswith("base_net.")}
+    for role in ("ema_", "base_"):
+        wanted = any(name.startswith(f"{role}net.") for name in fresh)
+        if wanted and not any(name.startswith(f"{role}net.") for name in weights):
+            complete |= {role + name: w.clone() for name, w in weights.items() if name.startswith("net.")}
+            complete |= {name: w for name, w in fresh.items() if name == f"{role}updates"}
+    return complete
+
+
+def check_weights(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], file: str) -> None:
+    """Check that weights fit a policy.
+
+    Raises:
+        ValueError: Naming every missing, unexpected or wrongly shaped weight.
+    """
+    problems = [f"missing: {name}" for name in expected.keys() - weights.keys()]
+    problems += [f"unexpected: {name}" for name in weights.keys() - expected.keys()]
+    problems += [
+        f"wrong shape: {name} is {tuple(weights[name].shape)}, the configuration makes it {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
+    if problems:
+        shown = "\n  ".join(sorted(problems)[:20])
+        raise ValueError(f"{file} does not fit its configuration, {len(problems)} weights differ:\n  {shown}")
+
+
+def keep_statistics(config: FlowMatchingConfig, folder: Path) -> None:
+    """See that a later stage normalises as its base did: LeRobot would take the data set's statistics, without a word.
+
+    Where `config.keep_statistics` is set, the base's statistics take the place of the data set's, in the description
+    of the data set that LeRobot's trainer hands in and makes its processors of.
+
+    Raises:
+        ValueError: If they differ and are not to be kept, naming both.
+    """
+    meta = getattr(config, "_runtime_dataset_meta", None)
+    if meta is None or config.stage == "pretrain":
+        return
+    stored = _stored_statistics(str(config.pretrained_path or folder))
+    differing = _differing_statistics(config, stored, meta.stats)
+    if differing and not config.keep_statistics:
+        lines = [f"{what}: {there} there, {here} here" for what, (there, here) in differing.items()]
+        raise ValueError(
+            f"the data set '{meta.repo_id}' has other statistics than {folder}, whose weights belong to its own:\n  "
+            + "\n  ".join(lines)
+            + "\nTake that policy's data set, or keep its normalisation by --policy.keep_statistics=true"
+        )
+    for what in differing:
+        name, statistic = what.rsplit(" ", 1)
+        meta.stats[name] = {**meta.stats[name], statistic: np.asarray(stored[name][statistic])}
+        logging.info(f"Normalisation: {what} stays that of {folder}")
+
+
+def _stored_statistics(source: str) -> Mapping[str, Mapping[str, Any]]:
+    from fm_policy import processor_fm_ft  # noqa: F401  (registers the steps)
+
+    pipeline = PolicyProcessorPipeline.from_pretrained(
+        source, config_filename="policy_preprocessor.json", overrides={"device_processor": {"device": "cpu"}}
+    )
+    normalizer = next(step for step in pipeline.steps if isinstance(step, NormalizerProcessorStep))
+    return normalizer.stats or {}
+
+
+def _differing_statistics(
+    config: FlowMatchingConfig, stored: Mapping[str, Mapping[str, Any]], given: Mapping[str, Mapping[str, Any]]
+) -> dict[str, tuple[list, list]]:
+    """`"<feature> <statistic>"` to the base's value and the data set's, where they differ."""
+    differing = {}
+    for name, feature in {**(config.input_features or {}), **(config.output_features or {})}.items():
+        for statistic in STATISTICS[config.normalization_mapping[feature.type.value]]:
+            there = torch.as_tensor(stored[name][statistic]).double()
+            here = torch.as_tensor(given[name][statistic]).double().reshape(there.shape)
+            if not torch.allclose(here, there, rtol=1e-4, atol=1e-6):
+                differing[f"{name} {statistic}"] = there.flatten().tolist(), here.flatten().tolist()
+    return differing
