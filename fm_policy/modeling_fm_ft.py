@@ -71,7 +71,8 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         self.nfe = config.nfe or 0
         if config.window_store and dataset_meta is not None:
             window_store.attach(window_store.open_store(dataset_meta, config.observation_window, config.action_window))
-        self._held_out: list[dict[str, float]] = []
+        self._held_out_rows: list[dict[str, float]] = []
+        self._held_out_means: dict[str, float] = {}
         self._gradients: StepGradients | None = None
         self.reset()
 
@@ -131,7 +132,7 @@ class FlowMatchingPolicy(PreTrainedPolicy):
             The loss, and what to log: `cfm_loss` where it is part of the loss; in stage `finetune`
             `reconstruction_error`, the mean squared error of the chunks that the solver makes, and `grad_step_<n>`,
             the norms of the last step's gradient with respect to the velocities of solver step n; in evaluation mode
-            the numbers of `held_out`. LeRobot discards these, so the next training step logs their means again.
+            the numbers of `held_out`. LeRobot discards these, so the training steps that follow log their means.
 
         Raises:
             ValueError: If the windows do not have the shapes above.
@@ -143,9 +144,9 @@ class FlowMatchingPolicy(PreTrainedPolicy):
             loss, logs = stage_loss(batch, o, reduction)
             if not self.training:
                 held_out = self.held_out(batch, o)
-                self._held_out.append(held_out)
+                self._held_out_rows.append(held_out)
                 return loss, logs | held_out
-        return loss, logs | self._held_out_means()
+        return loss, logs | self._last_held_out()
 
     def _encode(self, batch: dict[str, Tensor]) -> Tensor:
         frozen = self.config.stage != "pretrain" and not self.config.train_encoder
@@ -231,9 +232,12 @@ class FlowMatchingPolicy(PreTrainedPolicy):
             logs["mode_changes"] = mode_changes(before, samples).float().mean().item()
         return logs
 
-    def _held_out_means(self) -> dict[str, float]:
-        rows, self._held_out = self._held_out, []
-        return {f"held_out_{name}": fmean(row[name] for row in rows) for name in (rows[0] if rows else {})}
+    def _last_held_out(self) -> dict[str, float]:
+        """Means of the last held-out evaluation, until the next one: LeRobot's meters show a 0 for what is missing."""
+        if self._held_out_rows:
+            rows, self._held_out_rows = self._held_out_rows, []
+            self._held_out_means = {f"held_out_{name}": fmean(row[name] for row in rows) for name in rows[0]}
+        return self._held_out_means
 
     def _repeatable(self) -> AbstractContextManager[None]:
         """Randomness by `--seed` and step in training; otherwise one draw for ever, so that weights are compared."""

@@ -77,6 +77,32 @@ def wilson_interval(share: float, trials: float, confidence: float = CONFIDENCE)
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def paired_difference(
+    values: NDArray[np.float64], reference: NDArray[np.float64], confidence: float = CONFIDENCE
+) -> tuple[float, Interval | None]:
+    """Mean of values minus reference on the same seeds, and Student's interval of it over the seeds.
+
+    What a seed does to both cancels, so that the interval is narrower than those of the two means suggest.
+
+    Args:
+        values: `(seeds, repeats)`.
+        reference: The same seeds and repeats in the same order.
+        confidence: Coverage, in (0, 1).
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
+    if values.shape != reference.shape:
+        raise ValueError(f"tables of {values.shape} and {reference.shape} seeds and repeats cannot be paired")
+    difference = values - reference
+    return float(difference.mean()), mean_interval(difference, confidence)
+
+
+def wins_and_losses(values: NDArray[np.float64], reference: NDArray[np.float64]) -> tuple[int, int]:
+    """How often values exceed the reference on the same seed and repeat, and how often they fall below it."""
+    return int((values > reference).sum()), int((values < reference).sum())
+
+
 def best_of_repeats(values: NDArray[np.float64]) -> float:
     """Mean over the seeds of the best repeat (the paper's "max performance"); values `(seeds, repeats)`."""
     return float(values.max(axis=1).mean())

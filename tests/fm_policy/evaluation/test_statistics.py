@@ -5,9 +5,11 @@ from fm_policy.evaluation.episodes import Episode
 from fm_policy.evaluation.statistics import (
     best_of_repeats,
     mean_interval,
+    paired_difference,
     share_interval,
     table,
     wilson_interval,
+    wins_and_losses,
 )
 
 
@@ -66,6 +68,29 @@ def test_share_interval_of_unanimous_episodes_counts_seeds(share):
 
 def test_mean_interval_of_one_seed_is_unknown():
     assert mean_interval(np.ones((1, 50))) is None
+
+
+def test_paired_difference_is_students_interval_of_the_seeds_differences():
+    """Differences of the seeds' means 1, 2, 3: mean 2, standard error 1 / sqrt(3), t(0.975, 2) = 4.302653."""
+    starts = np.array([[10.0, 20.0], [-300.0, 5.0], [0.5, 70.0]])  # what a start does to both cancels
+    gains = np.array([[0.0, 2.0], [2.0, 2.0], [1.0, 5.0]])
+    difference, interval = paired_difference(starts + gains, starts)
+    assert difference == pytest.approx(2)
+    assert interval == pytest.approx((2 - 4.302653 / np.sqrt(3), 2 + 4.302653 / np.sqrt(3)), rel=1e-6)
+
+
+def test_paired_difference_of_one_seed_has_no_interval():
+    assert paired_difference(np.array([[0.5, 0.7]]), np.array([[0.1, 0.1]])) == (pytest.approx(0.5), None)
+
+
+def test_tables_of_other_seeds_cannot_be_paired():
+    with pytest.raises(ValueError, match=r"tables of \(3, 1\) and \(3, 2\)"):
+        paired_difference(np.ones((3, 1)), np.ones((3, 2)))
+
+
+def test_wins_and_losses_leave_ties_out():
+    ours, theirs = np.array([[1, 0, 1], [1, 1, 0]]), np.array([[0, 0, 1], [0, 1, 1]])
+    assert wins_and_losses(ours, theirs) == (2, 1)
 
 
 def test_best_of_repeats_averages_the_best_of_each_seed():

@@ -1,0 +1,93 @@
+"""Compare finished evaluations with the first, paired by seed and repeat: `python eval/compare.py A B [C ...]`."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from fm_policy.evaluation.episodes import Episode, plan, read_episodes
+from fm_policy.evaluation.statistics import Interval, paired_difference, table, wins_and_losses
+
+KEPT = ("score", "score_interval", "success", "success_interval", "nfe")
+
+
+def read(folder: Path) -> tuple[dict[str, Any], list[Episode]]:
+    """Summary and episodes of an evaluation.
+
+    Raises:
+        ValueError: If it is not there, not finished or not whole.
+    """
+    if not (folder / "summary.json").is_file():
+        raise ValueError(f"{folder} holds no finished evaluation, it lacks summary.json")
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    episodes = read_episodes(folder / "episodes.jsonl")
+    planned = plan(range(summary["seed"], summary["seed"] + summary["episodes"]), summary["repeats"])
+    if sorted(episode.key for episode in episodes) != sorted(planned):
+        raise ValueError(f"{folder} is not whole: episodes.jsonl does not hold the episodes that summary.json names")
+    return summary, episodes
+
+
+def conditions(summary: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal for episodes to be paired: starts, task and simulator."""
+    task = summary["task"]
+    starts = {name: summary[name] for name in ("seed", "episodes", "repeats")}
+    return starts | {"task": task["type"]} | task["config"] | task["versions"]
+
+
+def compare(folders: list[Path]) -> list[dict[str, Any]]:
+    """A record for each evaluation; from the second on with its differences to the first.
+
+    Raises:
+        ValueError: If one cannot be read, or is not of the first one's seeds, repeats and task.
+    """
+    (expected, reference), *others = [read(folder) for folder in folders]
+    records: list[dict[str, Any]] = [{"folder": str(folders[0])} | {name: expected[name] for name in KEPT}]
+    for folder, (summary, episodes) in zip(folders[1:], others, strict=True):
+        there, here = conditions(expected), conditions(summary)
+        differing = [name for name in sorted(there | here) if there.get(name) != here.get(name)]
+        if differing:
+            pairs = "\n  ".join(f"{name}: {there.get(name)!r} and {here.get(name)!r}" for name in differing)
+            raise ValueError(f"{folders[0]} and {folder} are not of the same episodes:\n  {pairs}")
+        scores, successes = ((table(episodes, name), table(reference, name)) for name in ("max_reward", "success"))
+        differences: dict[str, Any] = {}
+        differences["score"], differences["score_interval"] = paired_difference(*scores)
+        differences["success"], differences["success_interval"] = paired_difference(*successes)
+        differences["wins"], differences["losses"] = wins_and_losses(*successes)
+        kept = {name: summary[name] for name in KEPT}
+        records.append({"folder": str(folder), **kept, "against_reference": differences})
+    return records
+
+
+def with_interval(record: dict[str, Any], name: str, sign: str = "") -> str:
+    interval: Interval | None = record[f"{name}_interval"]
+    ends = "one seed: no interval" if interval is None else ", ".join(f"{end:{sign}.3f}" for end in interval)
+    return f"{name} {record[name]:{sign}.3f} [{ends}]"
+
+
+def as_text(record: dict[str, Any]) -> str:
+    numbers = [with_interval(record, name) for name in ("score", "success")]
+    lines = [record["folder"], f"  {'  '.join(numbers)}  NFE {record['nfe']:g}"]
+    if differences := record.get("against_reference"):
+        numbers = [with_interval(differences, name, "+") for name in ("score", "success")]
+        counts = f"{differences['wins']}:{differences['losses']}"
+        lines.append(f"  minus the first: {'  '.join(numbers)}  success wins:losses {counts}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("reference", type=Path, metavar="A", help="folder that eval/rollout.py wrote: the reference")
+    parser.add_argument("others", type=Path, metavar="B", nargs="+", help="folders to compare with it")
+    parser.add_argument("--json", type=Path, help="file to write the numbers to")
+    args = parser.parse_args()
+    try:
+        records = compare([args.reference, *args.others])
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"compare.py: {error}") from error
+    print("\n".join(map(as_text, records)))
+    if args.json:
+        args.json.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

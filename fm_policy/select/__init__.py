@@ -1,0 +1,1 @@
+"""The choice among the saved checkpoints of a training run: `python -m fm_policy.select DIR`."""
