@@ -1,6 +1,7 @@
 """The program `lerobot`: short words for LeRobot's own programs and this package's recipes.
 
-    lerobot train policy=fm_ft env=pusht [obs=image] [net=transformer] [stage=pretrain] [any LeRobot flag]
+    lerobot train policy=fm_ft env=pusht [obs=image] [net=transformer] [any LeRobot flag]
+    lerobot train policy=fm_ft env=pusht [obs=image] stage=finetune --policy.path=DIR [any LeRobot flag]
     lerobot eval --policy.path=DIR --env.type=fm_pusht
 
 The words of `train` choose a recipe and the data. The full `lerobot-train` command that they stand for is
@@ -14,30 +15,22 @@ Should LeRobot come to ship a `lerobot` program of its own, everything is handed
 # LeRobot takes seconds to import: what needs it is imported in functions, so that a refusal comes at once.
 
 import difflib
-import hashlib
 import json
 import logging
-import os
 import shlex
 import sys
-from collections.abc import Collection, Sequence
-from importlib.metadata import EntryPoint, distribution, version
-from itertools import pairwise
+from collections.abc import Collection, Mapping, Sequence
+from importlib.metadata import EntryPoint, distribution
 from pathlib import Path
 
 from fm_policy import recipes
+from fm_policy.cli_base import base_features
+from fm_policy.cli_data import choose_data
+from fm_policy.cli_usage import UsageError, value_of
 
 POLICIES = ("fm_ft",)
-STAGES = ("pretrain",)
-DEFAULTS = {"obs": "state", "net": recipes.DEFAULT_NET, "stage": "pretrain"}
+DEFAULTS = {"obs": "state", "net": recipes.DEFAULT_NET, "stage": recipes.FIRST_STAGE}
 WORDS = ("policy", "env", *DEFAULTS)
-
-# Where the folder FM_DATA keeps the human demonstrations of each task.
-HUMAN_DEMOS = {"pusht": "pusht/pusht_cchi_v7_replay.zarr.zip"}
-
-
-class UsageError(ValueError):
-    """The words on the command line do not say what to do; the message says what would."""
 
 
 def main(argv: Sequence[str] | None = None) -> int | str | None:
@@ -102,13 +95,14 @@ def _expand_train(words: Sequence[str]) -> list[str]:
     if not chosen:
         return ["lerobot-train", *flags]
     key, recipe = _choose_recipe(chosen)
-    if _value_of(flags, "config_path") is not None:
+    if value_of(flags, "config_path") is not None:
         raise UsageError(f"--config_path and the words {_join(chosen)} both name a recipe: leave one of them away")
     if {"-h", "--help"} & set(flags):
         return ["lerobot-train", f"--config_path={recipe}", *flags]
+    features = _features(key, recipe, flags)
     _check_simulator(key.env, flags)
     _hush_torchcodec()
-    data = _choose_data(key, recipe, flags)
+    data = choose_data(key, features, flags)
     command = ["lerobot-train", f"--config_path={recipe}", *data, *_closing_evaluation(flags), *flags]
     print(shlex.join(command), flush=True)
     return command
@@ -140,14 +134,24 @@ def _choose_recipe(chosen: dict[str, str]) -> tuple[recipes.RecipeKey, Path]:
     known = recipes.available()
     elsewhere = "train another policy by LeRobot's --policy.type=... alone"
     _check_known("policy", wanted["policy"], POLICIES, note=elsewhere)
-    _check_known("stage", wanted["stage"], STAGES)
-    for word in recipes.RecipeKey._fields:
-        _check_known(word, wanted[word], sorted({getattr(key, word) for key in known}))
-    key = recipes.RecipeKey(*(wanted[word] for word in recipes.RecipeKey._fields))
+    _check_known("stage", wanted["stage"], sorted({key.stage for key in known}))
+    later = wanted["stage"] != recipes.FIRST_STAGE
+    if later and "net" in chosen:
+        raise UsageError(f"stage={wanted['stage']} keeps the net of its base: leave net={wanted['net']} away")
+    for word in ("env", "obs", "net"):
+        _check_known(word, wanted[word], sorted({getattr(key, word) for key in known} - {None}))
+    key = recipes.RecipeKey(wanted["env"], wanted["obs"], None if later else wanted["net"], wanted["stage"])
     if key not in known:
         choices = "; ".join(_join(other._asdict()) for other in known)
         raise UsageError(f"there is no recipe for {_join(key._asdict())} (known: {choices})")
     return key, known[key]
+
+
+def _features(key: recipes.RecipeKey, recipe: Path, flags: Sequence[str]) -> Collection[str] | None:
+    """Return what the policy learns from, by the recipe or, in a later stage, its base; None if that is not known."""
+    if key.stage != recipes.FIRST_STAGE:
+        return base_features(key, flags)
+    return json.loads(recipe.read_text())["policy"]["input_features"].keys()
 
 
 def _check_simulator(env: str, flags: Sequence[str]) -> None:
@@ -157,7 +161,7 @@ def _check_simulator(env: str, flags: Sequence[str]) -> None:
 
     extra = EXTRAS[env]
     lacking = ", ".join(missing(extra))
-    if lacking and _value_of(flags, "env_eval_freq") != "0":
+    if lacking and value_of(flags, "env_eval_freq") != "0":
         raise UsageError(
             f"the closing evaluation needs the simulator, but {lacking}: {install_command(extra)}; "
             "or train without it: --env_eval_freq=0"
@@ -171,88 +175,10 @@ def _hush_torchcodec() -> None:
 
 def _closing_evaluation(flags: Sequence[str]) -> list[str]:
     """Keep the recipe's one evaluation at the end where the flags change the number of steps."""
-    steps = _value_of(flags, "steps")
-    if steps is None or _value_of(flags, "env_eval_freq") is not None:
+    steps = value_of(flags, "steps")
+    if steps is None or value_of(flags, "env_eval_freq") is not None:
         return []
     return [f"--env_eval_freq={steps}"]
-
-
-def _choose_data(key: recipes.RecipeKey, recipe: Path, flags: Sequence[str]) -> list[str]:
-    """Return flags that name the demonstrations, none where `flags` do; say which ones are taken and why."""
-    for flag in ("dataset.repo_id", "dataset.root"):
-        named = _value_of(flags, flag)
-        if named is not None:
-            print(f"Data: {named}, as --{flag} says.", flush=True)
-            return []
-    root, why = _human_demos(key) or _shipped_demos()
-    print(f"Data: {root}, {why}.", flush=True)
-    _check_features(root, recipe)
-    return [f"--dataset.repo_id=local/{root.name}", f"--dataset.root={root}"]
-
-
-def _human_demos(key: recipes.RecipeKey) -> tuple[Path, str] | None:
-    source = _human_source(key.env)
-    if source is None or not source.is_file():
-        return None
-    return _convert_once(source, key), f"the human demonstrations of {source}, which FM_DATA leads to"
-
-
-def _human_source(env: str) -> Path | None:
-    folder = os.environ.get("FM_DATA")
-    return Path(folder).absolute() / HUMAN_DEMOS[env] if folder and env in HUMAN_DEMOS else None
-
-
-def _shipped_demos() -> tuple[Path, str]:
-    from fm_policy.assets import default_demos
-
-    folder = os.environ.get("FM_DATA")
-    reason = f"FM_DATA={folder} holds none of this task" if folder else "FM_DATA is not set"
-    return default_demos(), f"the demonstrations shipped with fm_policy; for human ones, {reason}"
-
-
-def _convert_once(source: Path, key: recipes.RecipeKey) -> Path:
-    """Return the LeRobotDataset made from `source`, converted unless this very file was converted before.
-
-    The folder's name carries the fingerprint of the file and of this package's version, and the converter
-    writes it whole or not at all, so that a folder that exists is the right one. Of several runs that start
-    together one converts and the others wait.
-    """
-    from filelock import FileLock
-    from lerobot.utils.constants import HF_LEROBOT_HOME
-
-    root = HF_LEROBOT_HOME / "fm_ft" / f"{key.env}_{key.obs}_{_fingerprint(source)}"
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(root.with_name(f"{root.name}.lock")):
-        if not root.exists():
-            _convert(source, root, key)
-    return root
-
-
-def _convert(source: Path, root: Path, key: recipes.RecipeKey) -> None:
-    from env_configs.demos.__main__ import main as convert
-
-    arguments = [key.env, f"--source={source}", f"--root={root}", f"--obs={key.obs}"]
-    print(shlex.join(["python", "-m", "env_configs.demos", *arguments]), flush=True)
-    if convert(arguments) != 0:
-        raise UsageError(f"{source} could not be converted; name another data set by --dataset.root=...")
-
-
-def _fingerprint(source: Path) -> str:
-    with source.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    digest.update(version("lerobot_policy_fm_ft").encode())
-    return digest.hexdigest()[:12]
-
-
-def _check_features(root: Path, recipe: Path) -> None:
-    wanted = json.loads(recipe.read_text())["policy"]["input_features"]
-    held = json.loads((root / "meta" / "info.json").read_text())["features"]
-    missing = sorted(set(wanted) - set(held))
-    if missing:
-        raise UsageError(
-            f"{root} lacks {', '.join(missing)}, from which {recipe.stem} learns: "
-            "set FM_DATA to the folder of the human demonstrations, or name others by --dataset.repo_id=..."
-        )
 
 
 def _check_known(kind: str, given: str, known: Collection[str], note: str = "") -> None:
@@ -264,18 +190,8 @@ def _check_known(kind: str, given: str, known: Collection[str], note: str = "") 
     raise UsageError(f"unknown {kind} {given!r}{meant} (known: {', '.join(known)}{remark})")
 
 
-def _value_of(flags: Sequence[str], name: str) -> str | None:
-    """Return what `--name=value` or `--name value` gives, the last of several; None where it is absent."""
-    found = None
-    for flag, following in pairwise([*flags, ""]):
-        key, equals, value = flag.partition("=")
-        if key == f"--{name}":
-            found = value if equals else following
-    return found
-
-
-def _join(words: dict[str, str]) -> str:
-    return " ".join(f"{key}={value}" for key, value in words.items())
+def _join(words: Mapping[str, str | None]) -> str:
+    return " ".join(f"{key}={value}" for key, value in words.items() if value is not None)
 
 
 if __name__ == "__main__":

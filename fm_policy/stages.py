@@ -155,7 +155,7 @@ def keep_statistics(config: FlowMatchingConfig, folder: Path) -> None:
     if differing and not config.keep_statistics:
         lines = [f"{what}: {there} there, {here} here" for what, (there, here) in differing.items()]
         raise ValueError(
-            f"the data set '{meta.repo_id}' has other statistics than {folder}, whose weights belong to its own:\n  "
+            f"the data set in {meta.root} has other statistics than {folder}, whose weights belong to its own:\n  "
             + "\n  ".join(lines)
             + "\nTake that policy's data set, or keep its normalisation by --policy.keep_statistics=true"
         )

@@ -3,26 +3,42 @@
 Each file is in LeRobot's own `--config_path` format, so it also works without this package's command line:
 
     lerobot-train --config_path=fm_policy/recipes/pusht_state.json --dataset.repo_id=lerobot/pusht_keypoints
+    lerobot-train --config_path=fm_policy/recipes/pusht_state_finetune.json --policy.path=DIR --dataset.repo_id=...
 
-A file is named `<env>_<obs>.json`, or `<env>_<obs>_<net>.json` where the velocity net is not the task's
-default one. Adding a recipe means adding a file: the command line reads the names.
+A file is named `<env>_<obs>[_<net>][_<stage>].json`, where the velocity net is not the task's default one and the
+stage not the first. Adding a recipe means adding a file: the command line finds it.
+
+A recipe of the first stage names every field of the policy. One of a later stage changes what the stage sets in the
+configuration of the policy that `--policy.path` names, its base, and so serves every net; its own `path` is read
+only where that flag is forgotten, in LeRobot's complaint.
 """
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
 DEFAULT_NET = "unet"
+FIRST_STAGE = "pretrain"
 
 
 class RecipeKey(NamedTuple):
-    """What a recipe is for: the task, the kind of observation, and the velocity net."""
+    """What a recipe is for: the task, the kind of observation, the velocity net and the stage of training.
+
+    In a later stage than the first `net` is None: the base's.
+    """
 
     env: str
     obs: str
-    net: str = DEFAULT_NET
+    net: str | None = DEFAULT_NET
+    stage: str = FIRST_STAGE
 
 
 def available() -> dict[RecipeKey, Path]:
     """Return the path of every recipe in this folder, by what it is for."""
-    files = sorted(Path(__file__).parent.glob("*.json"))
-    return {RecipeKey(*file.stem.split("_")): file for file in files}
+    return {_key(file): file for file in sorted(Path(__file__).parent.glob("*.json"))}
+
+
+def _key(file: Path) -> RecipeKey:
+    stage = json.loads(file.read_text())["policy"]["stage"]
+    env, obs, *net = file.stem.removesuffix(f"_{stage}").split("_")
+    return RecipeKey(env, obs, *net) if stage == FIRST_STAGE else RecipeKey(env, obs, None, stage)

@@ -1,6 +1,7 @@
 """The program `lerobot`: what its words stand for, what it refuses, and which data it takes."""
 
 import json
+import subprocess
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -9,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from fm_policy import cli, recipes
+from fm_policy.cli_data import HUMAN_DEMOS
+from fm_policy.cli_usage import value_of as value
 
 SUGAR = ["train", "policy=fm_ft", "env=pusht"]
 NAMED = ["--dataset.repo_id=me/mine"]
@@ -46,14 +49,17 @@ def write_card(root: Path, features: list[str]) -> None:
 
 
 def human_demos(folder: Path, content: bytes = b"demonstrations") -> Path:
-    source = folder / cli.HUMAN_DEMOS["pusht"]
+    source = folder / HUMAN_DEMOS["pusht"]
     source.parent.mkdir(parents=True, exist_ok=True)
     source.write_bytes(content)
     return source
 
 
-def value(command: list[str], flag: str) -> str | None:
-    return cli._value_of(command, flag)
+def write_policy(folder: Path, kind: str, *features: str) -> Path:
+    """The config.json of a policy, as far as the command line reads it."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"type": kind, "input_features": {name: {} for name in features}}))
+    return folder
 
 
 # What the words stand for
@@ -141,8 +147,14 @@ def test_help_asks_for_no_data(flag, home, conversions, capsys):
         (["train", "policy=fm_ft", "env=nope"], r"unknown env 'nope' \(known: pusht\)"),
         ([*SUGAR, "obs=imgae"], r"unknown obs 'imgae', did you mean 'image'\? \(known: image, state\)"),
         ([*SUGAR, "net=mlp"], r"unknown net 'mlp' \(known: paper, transformer, unet\)"),
-        ([*SUGAR, "stage=finetune"], r"unknown stage 'finetune' \(known: pretrain\)"),
-        ([*SUGAR, "obs=image", "net=transformer"], r"no recipe for env=pusht obs=image net=transformer \("),
+        (
+            [*SUGAR, "stage=finetuen"],
+            r"unknown stage 'finetuen', did you mean 'finetune'\? \(known: finetune, pretrain\)",
+        ),
+        (
+            [*SUGAR, "obs=image", "net=transformer"],
+            r"no recipe for env=pusht obs=image net=transformer stage=pretrain \(",
+        ),
         ([*SUGAR, "--config_path=x.json"], r"--config_path and the words policy=fm_ft env=pusht both name"),
     ],
 )
@@ -215,7 +227,7 @@ def test_without_human_demonstrations_the_shipped_ones_serve(fm_data, home, tmp_
 def test_demonstrations_without_the_recipes_observations_are_refused(home, tmp_path, monkeypatch):
     write_card(tmp_path / "demos", ["observation.state", "action"])
     monkeypatch.setattr("fm_policy.assets.default_demos", lambda: tmp_path / "demos")
-    with pytest.raises(cli.UsageError, match=r"lacks observation\.image, from which pusht_image learns"):
+    with pytest.raises(cli.UsageError, match=r"lacks observation\.image, from which the policy learns"):
         cli.expand([*SUGAR, "obs=image"])
 
 
@@ -224,6 +236,69 @@ def test_a_missing_simulator_is_refused_before_the_training_and_not_after_it(mon
     with pytest.raises(cli.UsageError, match=r"the simulator of pusht is missing.*--env_eval_freq=0"):
         cli.expand([*SUGAR, *NAMED])
     assert cli.expand([*SUGAR, "--env_eval_freq=0", *NAMED])[0] == "lerobot-train"
+
+
+# A later stage
+
+
+def test_a_later_stage_takes_its_recipe_and_starts_from_the_named_policy(tmp_path):
+    base = write_policy(tmp_path / "base", "fm_ft", "observation.state", "observation.environment_state")
+    for flags in ([f"--policy.path={base}"], ["--policy.path", str(base)]):
+        command = cli.expand([*SUGAR, "stage=finetune", *flags, *NAMED])
+        assert value(command, "config_path") == str(STATE_RECIPE.with_name("pusht_state_finetune.json"))
+        assert command[-len(flags) - 1 :] == [*flags, *NAMED]
+
+
+def test_a_later_stage_learns_from_what_its_base_sees(home, tmp_path, monkeypatch):
+    base = write_policy(tmp_path / "base", "fm_ft", "observation.state")
+    write_card(tmp_path / "demos", ["observation.state", "action"])
+    monkeypatch.setattr("fm_policy.assets.default_demos", lambda: tmp_path / "demos")
+    command = cli.expand([*SUGAR, "stage=finetune", f"--policy.path={base}"])
+    assert value(command, "dataset.root") == str(tmp_path / "demos")
+    with pytest.raises(cli.UsageError, match=r"lacks observation\.environment_state"):
+        cli.expand(SUGAR)
+
+
+def test_a_base_on_the_hub_is_left_to_lerobot():
+    command = cli.expand([*SUGAR, "stage=finetune", "--policy.path=someone/policy", *NAMED])
+    assert value(command, "policy.path") == "someone/policy"
+
+
+def test_help_on_a_later_stage_asks_for_no_base():
+    assert cli.expand([*SUGAR, "stage=finetune", "--help"])[-1] == "--help"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], r"stage=finetune starts from a pre-trained policy, --policy\.path=DIR; .*stage=pretrain --policy\.stage="),
+        (["--policy.path="], r"starts from a pre-trained policy"),
+        (["net=unet", "--policy.path=base"], r"stage=finetune keeps the net of its base: leave net=unet away"),
+        (["--policy.path=no/such/folder"], r"there is no folder no/such/folder"),
+        (["--policy.path=empty"], r"empty holds no policy \(no config\.json\).*checkpoints/\*/pretrained_model"),
+        (["--policy.path=act"], r"act holds a policy of type 'act', expected 'fm_ft'"),
+        (["--policy.path=image"], r"image sees observation\.image, which obs=state does not show: say obs=image"),
+        (["obs=image", "--policy.path=state"], r"state sees observation\.environment_state, .*: say obs=state"),
+        (["--policy.path=robot"], r"robot sees observation\.images\.wrist, which obs=state does not show$"),
+    ],
+)
+def test_a_later_stage_without_a_fitting_base_is_refused(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    write_policy(tmp_path / "act", "act", "observation.state")
+    write_policy(tmp_path / "state", "fm_ft", "observation.state", "observation.environment_state")
+    write_policy(tmp_path / "image", "fm_ft", "observation.state", "observation.image")
+    write_policy(tmp_path / "robot", "fm_ft", "observation.state", "observation.images.wrist")
+    with pytest.raises(cli.UsageError, match=message):
+        cli.expand([*SUGAR, "stage=finetune", *words, *NAMED])
+
+
+def test_a_refusal_comes_before_lerobot_is_imported():
+    program = (
+        "import sys; from fm_policy import cli; print(cli.main(sys.argv[1:]), {'torch', 'lerobot'} & {*sys.modules})"
+    )
+    command = [sys.executable, "-c", program, *SUGAR, "stage=finetune"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "2 set()\n"
 
 
 # Handing over

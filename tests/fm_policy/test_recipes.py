@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import draccus
 import numpy as np
 import pytest
+from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig, parser
 from lerobot.configs.default import DatasetConfig, EvalConfig
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -14,12 +16,18 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 import lerobot_policy_fm_ft  # noqa: F401  (registers the policy and the tasks)
 from env_configs.demos.pusht_zarr import features
 from env_configs.pusht import FmPushtEnv
-from fm_policy import cli, recipes
+from fm_policy import cli, recipes, stages
 from fm_policy.configuration_fm_ft import FlowMatchingConfig
 from fm_policy.modeling_fm_ft import FlowMatchingPolicy
 
 RECIPES = recipes.available()
-EACH = pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for path in RECIPES.values()])
+FIRST = {key: path for key, path in RECIPES.items() if key.stage == recipes.FIRST_STAGE}
+LATER = {key: path for key, path in RECIPES.items() if key not in FIRST}
+
+
+def each(chosen: dict[recipes.RecipeKey, Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("key", "path"), [pytest.param(*item, id=item[1].stem) for item in chosen.items()])
+
 
 # What a recipe rightly leaves open: machine, place, bookkeeping, and what LeRobot fills in itself.
 LEFT_OPEN = {
@@ -37,6 +45,21 @@ LEFT_OPEN = {
     },
 }
 
+# Of what a recipe must name, a later stage sets these fields and takes those from its base: a new field of the
+# configuration belongs into one of the two.
+SET_BY_STAGE = {
+    *("stage", "coupling", "nearest_k", "solver", "num_solver_steps", "variance", "sigma", "cfm_weight"),
+    *("checkpoint_solver", "train_encoder", "keep_statistics", "finetune_lr", "use_ema", "ema_power", "ema_max_decay"),
+    *("window_store", "use_amp", "use_peft", "push_to_hub"),
+}
+TAKEN_FROM_BASE = {
+    *stages.INHERITED,
+    *("n_action_steps", "drop_n_last_frames", "crop_is_random", "transformer_dropout"),
+    *("optimizer_lr", "optimizer_betas", "optimizer_weight_decay", "scheduler_name", "scheduler_warmup_steps"),
+}
+# LeRobot drops a list from a recipe that starts from a policy: the base's holds, or the command line's.
+NO_OVERRIDE = {"sigma"}
+
 
 def read(path: Path) -> dict:
     return json.loads(path.read_text())
@@ -46,12 +69,11 @@ def names(config: type) -> set[str]:
     return {field.name for field in dataclasses.fields(config)}
 
 
-@EACH
-def test_a_recipe_names_every_field(path):
+@each(RECIPES)
+def test_a_recipe_names_every_field(key, path):
     recipe = read(path)
     sections = {
         TrainPipelineConfig: recipe,
-        FlowMatchingConfig: recipe["policy"],
         FmPushtEnv: recipe["env"],
         DatasetConfig: recipe["dataset"],
         EvalConfig: recipe["eval"],
@@ -60,8 +82,30 @@ def test_a_recipe_names_every_field(path):
         assert names(config) - LEFT_OPEN[config] == set(section) - {"type"}, config.__name__
 
 
-@EACH
-def test_lerobot_reads_a_recipe(path):
+@each(FIRST)
+def test_a_recipe_of_the_first_stage_names_the_whole_policy(key, path):
+    assert names(FlowMatchingConfig) - LEFT_OPEN[FlowMatchingConfig] == set(read(path)["policy"]) - {"type"}
+
+
+def test_every_field_is_set_by_a_later_stage_or_taken_from_its_base():
+    assert names(FlowMatchingConfig) - LEFT_OPEN[FlowMatchingConfig] == SET_BY_STAGE | TAKEN_FROM_BASE
+    assert not SET_BY_STAGE & TAKEN_FROM_BASE
+
+
+@each(LATER)
+def test_a_recipe_of_a_later_stage_names_what_the_stage_sets(key, path):
+    assert set(read(path)["policy"]) == SET_BY_STAGE - NO_OVERRIDE | {"path"}
+
+
+@each(LATER)
+def test_a_later_stage_sees_the_data_and_the_task_of_the_first(key, path):
+    recipe, first = read(path), read(FIRST[recipes.RecipeKey(key.env, key.obs)])
+    for section in ("dataset", "env", "eval", "seed", "batch_size", "num_workers"):
+        assert recipe[section] == first[section]
+
+
+@each(FIRST)
+def test_lerobot_reads_a_recipe_of_the_first_stage(key, path):
     recipe = read(path)
     config = draccus.decode(TrainPipelineConfig, recipe)
     assert isinstance(config.policy, FlowMatchingConfig)
@@ -73,20 +117,97 @@ def test_lerobot_reads_a_recipe(path):
         assert {key: decoded[key] for key in wanted} == wanted
 
 
-@EACH
-def test_a_recipe_is_what_its_name_says_and_ends_with_one_evaluation(path):
+@pytest.fixture
+def validated(monkeypatch) -> Callable[..., TrainPipelineConfig]:
+    """The configuration that LeRobot's trainer makes of its command line."""
+    # Where LeRobot keeps what a recipe says of its base, until the process ends.
+    monkeypatch.setattr(parser, "_config_path_args", {})
+    monkeypatch.setattr(parser, "_config_yaml_overrides", {})
+
+    @parser.wrap()
+    def make(config: TrainPipelineConfig) -> TrainPipelineConfig:
+        config.validate()
+        return config
+
+    def run(*flags: str) -> TrainPipelineConfig:
+        monkeypatch.setattr("sys.argv", ["lerobot-train", *flags])
+        return make()
+
+    return run
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch) -> str:
+    """A policy, by a relative path, that shares no value with a later stage's recipe where it can help it."""
+    monkeypatch.chdir(tmp_path)
+    config = FlowMatchingConfig(
+        input_features={"observation.state": PolicyFeature(FeatureType.STATE, (2,))},
+        output_features={"action": PolicyFeature(FeatureType.ACTION, (2,))},
+        device="cpu",
+        **{"horizon": 32, "down_dims": (8, 16), "velocity_net": "transformer", "optimizer_betas": (0.5, 0.6)},
+        **{"solver": "heun", "num_solver_steps": 3, "nearest_k": 2, "variance": "diagonal", "sigma": (0.1, 0.2)},
+        **{"cfm_weight": 0.5, "keep_statistics": True, "finetune_lr": 1.0, "use_amp": False, "push_to_hub": True},
+        **{"use_ema": False, "ema_power": 0.5, "ema_max_decay": 0.5},
+    )
+    config.save_pretrained(tmp_path / "base")
+    return "base"
+
+
+@each(LATER)
+def test_a_later_stage_changes_its_base_by_the_recipe_alone(key, path, base, validated):
+    config = validated(f"--config_path={path}", f"--policy.path={base}")
+    wanted = {name: value for name, value in read(path)["policy"].items() if name != "path"}
+    assert {name: getattr(config.policy, name) for name in wanted} == wanted
+    kept = PreTrainedConfig.from_pretrained(base)
+    for name in TAKEN_FROM_BASE | NO_OVERRIDE:
+        assert getattr(config.policy, name) == getattr(kept, name), name
+    assert config.policy.pretrained_path == Path(base)
+    assert config.optimizer.lr == wanted["finetune_lr"]
+    assert config.optimizer.betas == (0.5, 0.6)
+    assert dataclasses.asdict(config.scheduler) == {"name": "constant", "num_warmup_steps": 0}
+    assert (config.steps, config.save_freq, config.env_eval_freq) == (600, 100, 600)
+
+
+@each(LATER)
+def test_the_command_line_wins_over_a_later_stages_recipe(key, path, base, validated):
+    config = validated(
+        *(f"--config_path={path}", f"--policy.path={Path(base).absolute()}"),
+        *("--policy.finetune_lr=1e-5", "--steps=300"),
+        *("--policy.coupling", "nearest", "--policy.variance=diagonal", "--policy.sigma=[0.3,0.4]"),
+    )
+    assert config.policy.finetune_lr == config.optimizer.lr == 1e-5
+    assert (config.policy.coupling, config.policy.variance, config.policy.sigma) == ("nearest", "diagonal", (0.3, 0.4))
+    assert config.steps == 300
+
+
+@each(LATER)
+def test_lerobot_says_what_a_later_stage_lacks(key, path, validated):
+    with pytest.raises(ValueError, match=r"say which policy to fine-tune: --policy\.path=DIR"):
+        validated(f"--config_path={path}")
+
+
+@each(RECIPES)
+def test_a_recipe_is_what_its_name_says_and_ends_with_one_evaluation(key, path):
     recipe = read(path)
-    key = next(key for key, file in RECIPES.items() if file == path)
+    defaults = (None, recipes.DEFAULT_NET, recipes.FIRST_STAGE)
+    assert path.stem == "_".join(word for word in key if word not in defaults)
     assert recipe["env"]["type"] == f"fm_{key.env}"
     assert recipe["env"]["obs"] == key.obs
-    assert ("observation.image" in recipe["policy"]["input_features"]) == (key.obs == "image")
-    assert (recipe["policy"]["velocity_net"] == "transformer") == (key.net == "transformer")
+    assert recipe["policy"]["stage"] == key.stage
     assert recipe["env_eval_freq"] == recipe["steps"]
+    assert recipe["steps"] % recipe["save_freq"] == 0
     assert recipe["eval"]["n_episodes"] % recipe["eval"]["batch_size"] == 0
 
 
-@EACH
-def test_the_optimiser_is_pinned_to_the_last_number(path):
+@each(FIRST)
+def test_a_recipe_of_the_first_stage_sees_and_runs_what_its_name_says(key, path):
+    policy = read(path)["policy"]
+    assert ("observation.image" in policy["input_features"]) == (key.obs == "image")
+    assert (policy["velocity_net"] == "transformer") == (key.net == "transformer")
+
+
+@each(FIRST)
+def test_the_optimiser_is_pinned_to_the_last_number(key, path):
     config = draccus.decode(TrainPipelineConfig, read(path)).policy
     optimizer = dataclasses.asdict(config.get_optimizer_preset())
     assert optimizer == {
@@ -132,7 +253,7 @@ def in_their_types(frame: dict[str, np.ndarray], columns: dict[str, dict]) -> di
     [
         # The paper's net differs from the small one in its size, and its checkpoint fills a gigabyte.
         pytest.param(key, id=path.stem)
-        for key, path in RECIPES.items()
+        for key, path in FIRST.items()
         if key.net != "paper"
     ],
 )
