@@ -5,6 +5,8 @@ from torch import Tensor
 
 from fm_policy.flow.solvers import Velocity
 
+TWO_MEANS_STEPS = 10
+
 
 def spread(samples: Tensor) -> Tensor:
     """Standard deviation of the chunks that one observation gets from different noises.
@@ -23,9 +25,10 @@ def spread(samples: Tensor) -> Tensor:
 def mode_changes(before: Tensor, after: Tensor) -> Tensor:
     """Chunks that another map sends to another mode than the first one does, from the same noise.
 
-    Of each observation, the chunks before are cut into two groups by the sign along their first principal axis. A
-    chunk has changed its mode if it ends less than half as far from the other group's centre as from its own's. So
-    a shift, or a shrinkage towards the mean, is no change; where there is one mode only, hardly any chunk goes so far.
+    Of each observation, the chunks before are cut into two groups by 2-means, started along their first principal
+    axis. A chunk has changed its mode if it ends less than half as far from the other group's centre as from its own's.
+    So a shift, or a shrinkage towards the mean, is no change; where there is one mode only, hardly any chunk goes so
+    far.
 
     Args:
         before: `(K, B, horizon, action_dim)`, chunks of K noises for each of B observations, K at least 2.
@@ -37,17 +40,25 @@ def mode_changes(before: Tensor, after: Tensor) -> Tensor:
     old, new = (chunks.transpose(0, 1).flatten(2) for chunks in (before, after))  # (B, K, D)
     centred = old - old.mean(dim=1, keepdim=True)
     axis = torch.linalg.svd(centred, full_matrices=False).Vh[:, :1]  # (B, 1, D)
-    side = (centred * axis).sum(dim=2) > 0  # (B, K)
-    centres = torch.stack([_centre(old, ~side), _centre(old, side)], dim=1)  # (B, 2, D)
-    distance = torch.cdist(new, centres)  # (B, K, 2)
-    own = torch.gather(distance, 2, side.long().unsqueeze(2)).squeeze(2)
-    other = torch.gather(distance, 2, (~side).long().unsqueeze(2)).squeeze(2)
+    group = ((centred * axis).sum(dim=2) > 0).long()  # (B, K)
+    for _ in range(TWO_MEANS_STEPS):
+        centres = torch.stack([_centre(old, group == 0), _centre(old, group == 1)], dim=1)  # (B, 2, D)
+        group = _distances(old, centres).argmin(dim=2)
+    distances = _distances(new, centres)
+    own, other = (distances.gather(2, chosen.unsqueeze(2)).squeeze(2) for chosen in (group, 1 - group))
     return (other < 0.5 * own).T
 
 
+def _distances(rows: Tensor, centres: Tensor) -> Tensor:
+    """Of `(B, K, D)` from `(B, 2, D)`, `(B, K, 2)`."""
+    return (rows.unsqueeze(2) - centres.unsqueeze(1)).norm(dim=3)
+
+
 def _centre(rows: Tensor, chosen: Tensor) -> Tensor:
+    """Of the chosen rows; infinitely far where none is."""
     weight = chosen.unsqueeze(2).to(rows.dtype)
-    return (rows * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+    count = weight.sum(dim=1)
+    return torch.where(count > 0, (rows * weight).sum(dim=1) / count, torch.inf)
 
 
 class StepGradients:
