@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fm_policy.evaluation.episodes import Episode, plan, read_episodes
+from fm_policy.evaluation.report import nfe_text
 from fm_policy.evaluation.statistics import Interval, paired_difference, table, wins_and_losses
 
 KEPT = ("score", "score_interval", "success", "success_interval", "nfe")
@@ -27,6 +28,12 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Episode]]:
     return summary, episodes
 
 
+def kept(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of an evaluation; the oldest summaries, of policies without a head, have no `head_nfe`."""
+    values = {name: summary[name] for name in KEPT}
+    return {"folder": str(folder)} | values | {"head_nfe": summary.get("head_nfe", 0)}
+
+
 def conditions(summary: dict[str, Any]) -> dict[str, Any]:
     """What must be equal for episodes to be paired: starts, task and simulator."""
     task = summary["task"]
@@ -41,7 +48,7 @@ def compare(folders: list[Path]) -> list[dict[str, Any]]:
         ValueError: If one cannot be read, or is not of the first one's seeds, repeats and task.
     """
     (expected, reference), *others = [read(folder) for folder in folders]
-    records: list[dict[str, Any]] = [{"folder": str(folders[0])} | {name: expected[name] for name in KEPT}]
+    records = [kept(folders[0], expected)]
     for folder, (summary, episodes) in zip(folders[1:], others, strict=True):
         there, here = conditions(expected), conditions(summary)
         differing = [name for name in sorted(there | here) if there.get(name) != here.get(name)]
@@ -53,8 +60,7 @@ def compare(folders: list[Path]) -> list[dict[str, Any]]:
         differences["score"], differences["score_interval"] = paired_difference(*scores)
         differences["success"], differences["success_interval"] = paired_difference(*successes)
         differences["wins"], differences["losses"] = wins_and_losses(*successes)
-        kept = {name: summary[name] for name in KEPT}
-        records.append({"folder": str(folder), **kept, "against_reference": differences})
+        records.append(kept(folder, summary) | {"against_reference": differences})
     return records
 
 
@@ -66,7 +72,7 @@ def with_interval(record: dict[str, Any], name: str, sign: str = "") -> str:
 
 def as_text(record: dict[str, Any]) -> str:
     numbers = [with_interval(record, name) for name in ("score", "success")]
-    lines = [record["folder"], f"  {'  '.join(numbers)}  NFE {record['nfe']:g}"]
+    lines = [record["folder"], f"  {'  '.join(numbers)}  {nfe_text(record)}"]
     if differences := record.get("against_reference"):
         numbers = [with_interval(differences, name, "+") for name in ("score", "success")]
         counts = f"{differences['wins']}:{differences['losses']}"

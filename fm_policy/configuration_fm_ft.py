@@ -8,8 +8,13 @@ from lerobot.utils.constants import ACTION
 
 from fm_policy.flow.coupling import COUPLINGS, REFUSED
 from fm_policy.flow.solvers import SOLVER_CALLS
+from fm_policy.residual.control_synth import LAYOUTS
+from fm_policy.residual.matrices import PARAMETRISATIONS
+from fm_policy.residual.nonlinearities import NONLINEARITIES
+from fm_policy.residual.stability import PENALTIES
 
-STAGES = ("pretrain", "finetune")
+STAGES = ("pretrain", "finetune", "residual")
+HEADS = (None, "control_synth", "unet")
 VARIANCES = ("scalar", "diagonal", "learned")
 VELOCITY_NETS = ("unet", "transformer")
 BACKBONES = ("resnet18", "resnet34")
@@ -56,6 +61,7 @@ class FlowMatchingConfig(PreTrainedConfig):
         transformer_dropout: Dropout probability.
         stage: `pretrain`: conditional flow matching, eq. (3). `finetune`: maximum likelihood of the chunks that the
             solver makes, eq. (6); starts from a pre-trained policy's averaged weights, or from scratch.
+            `residual`: the same likelihood of what a head makes of these chunks, the base as it is.
         coupling: How noise is paired with data: `independent`, and when fine-tuning also `nearest` (of `nearest_k`
             noises the one whose chunk comes nearest to the data) or `inverse` (the data carried back to noise
             by the base). See `fm_policy.flow.coupling`.
@@ -72,11 +78,28 @@ class FlowMatchingConfig(PreTrainedConfig):
         checkpoint_solver: Fine-tuning keeps only the states between solver steps and computes the rest again in
             the backward pass: the memory of one step, for about a third more time.
         train_encoder: Fine-tuning trains the observation encoder along; False: it stays the base's.
+        head: What carries the flow's chunk on, from t = 1 to 1 + `head_span`, in stage `residual`: `control_synth`,
+            eq. (7), whose stability can be certified, or `unet`, the ablation; None in the other stages.
+        head_mode: Matrices of `control_synth`: `constructed` contracts at `head_rate` whatever it learns, `penalty` is
+            driven towards stability by a loss, `free` is neither.
+        head_layout: `shared`: one system for every action of a chunk; `chunk`: one for the chunk as a whole.
+        head_activations: Its nonlinearities f_j: `tanh`, `leaky_relu`, `prelu`.
+        head_width: Units of each of them.
+        head_rate: Rate of contraction per unit of time, of `constructed` at least and of the others at the start. Over
+            the head the chunks of one observation approach each other by exp(-head_rate head_span) or more.
+        head_span: T_r, the length of the head's time.
+        head_steps: Euler steps of the head.
+        head_penalty: Of head_mode `penalty`: `linear` (the paper's hinge on the rows of A0), `row` (the rows of the
+            whole Jacobian) or `certificate` (the contraction LMI at balanced multipliers).
+        head_penalty_weight: Its weight.
+        head_penalty_margin: Its margin, a rate.
+        train_base: Train the base along with the head, at `finetune_lr`.
         keep_statistics: Fine-tuning on a data set with other statistics keeps the base's normalisation; False:
             such a data set is refused.
         use_ema: Keep a moving average of the weights, and use it whenever the policy is not training.
         ema_power: Exponent of the average's warm-up, decay = 1 - update^(-power).
         ema_max_decay: Upper bound of the decay.
+        head_lr: Learning rate of the head, which starts from nothing, constant.
         finetune_lr: Learning rate of fine-tuning, constant. `optimizer_lr` and the schedule are those of pre-training:
             a later stage inherits them from its base and does not use them.
         optimizer_lr: Peak learning rate of AdamW in pre-training.
@@ -131,6 +154,21 @@ class FlowMatchingConfig(PreTrainedConfig):
     cfm_weight: float = 0.0
     checkpoint_solver: bool = False
     train_encoder: bool = True
+
+    head: str | None = None
+    head_mode: str = "constructed"
+    head_layout: str = "shared"
+    head_activations: tuple[str, ...] = ("tanh", "leaky_relu")
+    head_width: int = 64
+    head_rate: float = 0.02
+    head_span: float = 0.25
+    head_steps: int = 4
+    head_penalty: str = "row"
+    head_penalty_weight: float = 0.1
+    head_penalty_margin: float = 0.02
+    train_base: bool = False
+    head_lr: float = 1e-3
+
     keep_statistics: bool = False
     finetune_lr: float = 5e-6
 
@@ -153,6 +191,7 @@ class FlowMatchingConfig(PreTrainedConfig):
         self._check_choices()
         self._check_time()
         self._check_finetuning()
+        self._check_head()
         self._check_nets()
         self._check_images()
         self._check_normalization()
@@ -162,6 +201,10 @@ class FlowMatchingConfig(PreTrainedConfig):
             "stage": STAGES,
             "coupling": tuple(COUPLINGS),
             "variance": VARIANCES,
+            "head": HEADS,
+            "head_mode": tuple(PARAMETRISATIONS),
+            "head_layout": LAYOUTS,
+            "head_penalty": tuple(PENALTIES),
             "solver": tuple(SOLVER_CALLS),
             "velocity_net": VELOCITY_NETS,
             "vision_backbone": BACKBONES,
@@ -202,6 +245,28 @@ class FlowMatchingConfig(PreTrainedConfig):
             )
         if self.stage == "pretrain" and not self.train_encoder:
             raise ValueError("train_encoder=False is for stage 'finetune': pre-training starts from random weights")
+
+    def _check_head(self) -> None:
+        if (self.stage == "residual") != (self.head is not None):
+            wanted = "needs a head: 'control_synth' or 'unet'" if self.head is None else "has no head"
+            raise ValueError(f"stage {self.stage!r} {wanted}, got head={self.head!r}")
+        unknown = set(self.head_activations) - set(NONLINEARITIES)
+        if unknown or not self.head_activations:
+            raise ValueError(
+                f"head_activations must be some of {list(NONLINEARITIES)}, on the command line as '[\"tanh\"]', "
+                f"got {list(self.head_activations)}"
+            )
+        for name in ("head_width", "head_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("head_rate", "head_span"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("head_penalty_weight", "head_penalty_margin", "head_lr"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.stage == "residual" and self.cfm_weight and not self.train_base:
+            raise ValueError(f"cfm_weight={self.cfm_weight} is a loss of the base, which train_base=False leaves alone")
 
     def _check_nets(self) -> None:
         if self.velocity_net == "unet":
@@ -255,6 +320,21 @@ class FlowMatchingConfig(PreTrainedConfig):
         return self.horizon - self.n_obs_steps + 1
 
     @property
+    def trains_flow(self) -> bool:
+        """Whether this stage trains the velocity net."""
+        return self.stage != "residual" or self.train_base
+
+    @property
+    def trains_encoder(self) -> bool:
+        """Whether this stage trains the observation encoder."""
+        return self.trains_flow and self.train_encoder
+
+    @property
+    def head_nfe(self) -> int:
+        """Calls of the head per chunk."""
+        return self.head_steps if self.head else 0
+
+    @property
     def nfe(self) -> int | None:
         """Calls of the velocity net per chunk; None for the adaptive `dopri5`."""
         calls = SOLVER_CALLS[self.solver]
@@ -288,7 +368,7 @@ class FlowMatchingConfig(PreTrainedConfig):
     def get_optimizer_preset(self) -> AdamWConfig:
         """AdamW with the fields above, and the stage's learning rate."""
         return AdamWConfig(
-            lr=self.optimizer_lr if self.stage == "pretrain" else self.finetune_lr,
+            lr={"pretrain": self.optimizer_lr, "finetune": self.finetune_lr, "residual": self.head_lr}[self.stage],
             betas=self.optimizer_betas,
             weight_decay=self.optimizer_weight_decay,
             eps=1e-8,

@@ -21,7 +21,7 @@ tags: [lerobot, robotics, flow-matching, fm_ft]
 | predicts | {predicts}, a chunk of {horizon}, {n_action_steps} executed |
 | velocity net | {velocity_net} |
 | solver | {solver}, {nfe} network calls per chunk |
-| coupling | {coupling} |
+{head}| coupling | {coupling} |
 | moving average of weights | {use_ema} |
 
 ```python
@@ -58,9 +58,17 @@ def render(config: FlowMatchingConfig) -> str:
         velocity_net=config.velocity_net,
         solver=config.solver,
         nfe=config.nfe or "adaptively many",
+        head=_head_row(config),
         coupling=config.coupling,
         use_ema="yes" if config.use_ema else "no",
     )
+
+
+def _head_row(config: FlowMatchingConfig) -> str:
+    if config.head is None:
+        return ""
+    kind = f" ({config.head_mode}, {config.head_layout})" if config.head == "control_synth" else ""
+    return f"| head | {config.head}{kind}, {config.head_steps} Euler steps from t = 1 to {1 + config.head_span:g} |\n"
 
 
 def _features(features: dict | None) -> str:

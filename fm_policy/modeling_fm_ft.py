@@ -32,6 +32,8 @@ from fm_policy.flow.noise import sample_noise
 from fm_policy.flow.solvers import CountedVelocity, Velocity, integrate
 from fm_policy.net import FlowMatchingNet
 from fm_policy.repeatable import repeatable
+from fm_policy.residual.control_synth import ControlSynth
+from fm_policy.residual.stability import PENALTIES, balanced_multipliers, contraction_rate
 
 # A learned variance must follow the error, which falls within hundreds of steps; in the net's steps of 5e-6 it stood.
 VARIANCE_LR = 1e-2
@@ -63,8 +65,10 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         if config.use_ema:
             self.ema_net = copy.deepcopy(self.net).requires_grad_(False)
             self.register_buffer("ema_updates", torch.zeros((), dtype=torch.int64))
+        self.net.encoder.requires_grad_(config.trains_encoder)
+        self.net.velocity.requires_grad_(config.trains_flow)
         if config.stage != "pretrain" and dataset_meta is not None:
-            self._prepare_finetuning()
+            self._keep_base()
         if config.variance != "scalar":
             self._add_variance()
         self.register_buffer("training_steps", torch.zeros((), dtype=torch.int64))  # see `_repeatable`
@@ -76,12 +80,11 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         self._gradients: StepGradients | None = None
         self.reset()
 
-    def _prepare_finetuning(self) -> None:
+    def _keep_base(self) -> None:
         if self.config.nfe is None:
             raise ValueError(f"fine-tuning goes through a fixed grid, which solver={self.config.solver!r} has not")
         self.base_net = copy.deepcopy(self.net).requires_grad_(False)
-        if not self.config.train_encoder:
-            self.net.encoder.requires_grad_(False)
+        self.base_net.head = None
 
     def _add_variance(self) -> None:
         """Log sigma^2 of each element of a chunk, `(horizon, action_dim)`: a parameter if learned, else a constant."""
@@ -101,21 +104,28 @@ class FlowMatchingPolicy(PreTrainedPolicy):
     # ------------------------------------------------------------------ training
 
     def get_optim_params(self) -> list[nn.Parameter] | list[dict[str, Any]]:
-        """The parameters to train: the net without its copies, and the variance if it is learned."""
-        net: Any = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
-        if self.config.variance != "learned":
-            return net
-        return [{"params": net}, {"params": [self.log_variance], "lr": VARIANCE_LR, "weight_decay": 0.0}]
+        """The parameters to train, without the net's copies; in groups where some have a rate of their own."""
+        config, net = self.config, self.net
+        head = [] if net.head is None else list(net.head.parameters())
+        flow = [p for part in (net.encoder, net.velocity) for p in part.parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [{"params": head or flow}]
+        if head and flow:
+            groups.append({"params": flow, "lr": config.finetune_lr})
+        if config.variance == "learned":
+            groups.append({"params": [self.log_variance], "lr": VARIANCE_LR, "weight_decay": 0.0})
+        return groups if len(groups) > 1 else groups[0]["params"]
 
     def train(self, mode: bool = True) -> Self:
-        """Switch training mode; what is not trained stays in evaluation mode, and so does the map in fine-tuning.
+        """Switch training mode; what is not trained stays in evaluation mode, and so does the map after pre-training.
 
-        Fine-tuning trains the map that the robot runs, which has no dropout.
+        The later stages train the map that the robot runs, which has no dropout.
         """
         super().train(mode)
         still = [getattr(self, name) for name in ("ema_net", "base_net") if hasattr(self, name)]
         if self.config.stage != "pretrain":
-            still += [self.net.velocity] if self.config.train_encoder else [self.net]
+            still.append(self.net.velocity)
+        if not self.config.trains_encoder:
+            still.append(self.net.encoder)
         for module in still:
             module.eval()
         return self
@@ -149,30 +159,34 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         return loss, logs | self._last_held_out()
 
     def _encode(self, batch: dict[str, Tensor]) -> Tensor:
-        frozen = self.config.stage != "pretrain" and not self.config.train_encoder
-        with torch.no_grad() if frozen else nullcontext():
+        with nullcontext() if self.config.trains_encoder else torch.no_grad():
             return self.active_net.encoder(batch)
 
     def _cfm(self, batch: dict[str, Tensor], o: Tensor, reduction: Reduction) -> tuple[Tensor, dict[str, float]]:
         x1, is_pad = batch[ACTION], batch.get(f"{ACTION}_is_pad")
-        loss = cfm_loss(self._velocity(o), independent(x1), x1, is_pad, reduction)
+        loss = cfm_loss(self.active_net.velocity.bind(o), independent(x1), x1, is_pad, reduction)
         return loss, {"cfm_loss": loss.mean().item()}
 
     def _likelihood(self, batch: dict[str, Tensor], o: Tensor, reduction: Reduction) -> tuple[Tensor, dict[str, float]]:
-        """Negative log-likelihood of the data around the solver's chunks, eq. (6) or (B.6), by its exact gradient."""
+        """Negative log-likelihood of the data around the policy's chunks, eq. (6) or (B.6), by its exact gradient."""
+        config = self.config
         x1, is_pad = batch[ACTION], batch.get(f"{ACTION}_is_pad")
         x0 = self._pair(batch, o)
         logs = {} if self._gradients is None else self._gradients.logs()
-        self._gradients = StepGradients(self._velocity(o), self.config.num_solver_steps)
-        chunk = self._solve(self._gradients, x0)
+        self._gradients = StepGradients(self.active_net.velocity.bind(o), config.num_solver_steps)
+        chunk = self._chunk(x0, o, v=self._gradients)
         loss = error = masked_mse(chunk, x1, is_pad, reduction)
         logs["reconstruction_error"] = error.mean().item()
-        if self.config.variance != "scalar":
+        if config.variance != "scalar":
             loss = gaussian_nll(chunk, x1, self.log_variance, is_pad, reduction)
             logs["sigma"] = (0.5 * self.log_variance).exp().mean().item()
-        if self.config.cfm_weight:
+        if config.cfm_weight:
             remaining, cfm_logs = self._cfm(batch, o, reduction)
-            loss, logs = loss + self.config.cfm_weight * remaining, logs | cfm_logs
+            loss, logs = loss + config.cfm_weight * remaining, logs | cfm_logs
+        head = self.active_net.head
+        if isinstance(head, ControlSynth) and config.head_mode == "penalty":
+            penalty = PENALTIES[config.head_penalty](head.matrices(), config.head_penalty_margin)
+            loss, logs = loss + config.head_penalty_weight * penalty, logs | {"head_penalty": penalty.item()}
         return loss, logs
 
     def _pair(self, batch: dict[str, Tensor], o: Tensor) -> Tensor:
@@ -180,23 +194,26 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         x1, is_pad = batch[ACTION], batch.get(f"{ACTION}_is_pad")
         if self.config.coupling == "nearest":
             k = self.config.nearest_k
-            v = self._velocity(o.detach().repeat(k, 1))
-            return nearest(x1, k, lambda x0: self._solve(v, x0), is_pad)
+            several = o.detach().repeat(k, 1)
+            return nearest(x1, k, lambda x0: self._chunk(x0, several), is_pad)
         if self.config.coupling == "inverse":
-            return inverse(x1, self._base_velocity(batch))
+            return inverse(x1, self._base().velocity.bind(self._base_features(batch)))
         return independent(x1)
 
-    def _base_velocity(self, batch: dict[str, Tensor], repeats: int = 1) -> Velocity:
+    def _base(self) -> FlowMatchingNet:
         if not hasattr(self, "base_net"):
             raise ValueError(
                 "the policy holds no copy of its base, which is made where a data set is handed in: "
                 "FlowMatchingPolicy.from_pretrained(..., dataset_meta=dataset.meta)"
             )
-        with torch.no_grad():
-            return self._velocity(self.base_net.encoder(batch).repeat(repeats, 1), self.base_net)
+        return self.base_net
+
+    @torch.no_grad()
+    def _base_features(self, batch: dict[str, Tensor]) -> Tensor:
+        return self._base().encoder(batch)
 
     def reconstruct(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
-        """The chunks that the deployed solver makes of training windows, with gradients where they are enabled.
+        """The chunks that the deployed policy makes of training windows, with gradients where they are enabled.
 
         Args:
             batch: As for `forward`.
@@ -209,7 +226,7 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         x1 = batch[ACTION]
         noise = independent(x1) if noise is None else noise
         contract.check_noise(noise, tuple(x1.shape))
-        return self._solve(self._velocity(self._encode(batch)), noise.to(x1))
+        return self._chunk(noise.to(x1), self._encode(batch))
 
     @torch.no_grad()
     def held_out(self, batch: dict[str, Tensor], o: Tensor) -> dict[str, float]:
@@ -218,18 +235,22 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         Returns:
             `reconstruction_error` on independent pairs, `spread` of the chunks of one observation, and, where the
             base is at hand, `mode_changes`, the share of chunks that go to another mode than the base's from the
-            same noise; the latter two of `SPREAD_NOISES` noises for the first `SPREAD_ROWS` rows.
+            same noise; the latter two of `SPREAD_NOISES` noises for the first `SPREAD_ROWS` rows. Of a head
+            `certified_rate`, the rate of contraction that balanced multipliers prove; negative: none.
         """
         x1, is_pad = batch[ACTION], batch.get(f"{ACTION}_is_pad")
-        logs = {"reconstruction_error": masked_mse(self._solve(self._velocity(o), independent(x1)), x1, is_pad).item()}
+        logs = {"reconstruction_error": masked_mse(self._chunk(independent(x1), o), x1, is_pad).item()}
         rows = {name: value[:SPREAD_ROWS] for name, value in batch.items() if isinstance(value, Tensor)}
         x0 = independent(x1[:SPREAD_ROWS].repeat(SPREAD_NOISES, 1, 1))
         shape = (SPREAD_NOISES, -1, *x1.shape[1:])
-        samples = self._solve(self._velocity(o[:SPREAD_ROWS].repeat(SPREAD_NOISES, 1)), x0).view(shape)
+        samples = self._chunk(x0, o[:SPREAD_ROWS].repeat(SPREAD_NOISES, 1)).view(shape)
         logs["spread"] = spread(samples).mean().item()
         if hasattr(self, "base_net"):
-            before = self._solve(self._base_velocity(rows, SPREAD_NOISES), x0).view(shape)
+            before = self._chunk(x0, self._base_features(rows).repeat(SPREAD_NOISES, 1), self.base_net).view(shape)
             logs["mode_changes"] = mode_changes(before, samples).float().mean().item()
+        if isinstance(self.active_net.head, ControlSynth):
+            matrices = self.active_net.head.matrices()
+            logs["certified_rate"] = contraction_rate(matrices, balanced_multipliers(matrices)).item()
         return logs
 
     def _last_held_out(self) -> dict[str, float]:
@@ -310,20 +331,28 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         if noise is None:
             noise = sample_noise(shape, generator, device=o.device, dtype=o.dtype)
         contract.check_noise(noise, shape)
-        v = CountedVelocity(self._velocity(o))
-        x1 = self._solve(v, noise.to(o))
+        v = CountedVelocity(self.active_net.velocity.bind(o))
+        chunk = self._chunk(noise.to(o), o, v=v)
         self.nfe = v.calls
-        return x1[:, self.config.n_obs_steps - 1 :]
+        return chunk[:, self.config.n_obs_steps - 1 :]
 
-    def _velocity(self, o: Tensor, net: FlowMatchingNet | None = None) -> Velocity:
-        velocity = (net or self.active_net).velocity
-        return lambda t, x: velocity(t, x, o)
+    def _chunk(self, x0: Tensor, o: Tensor, net: FlowMatchingNet | None = None, v: Velocity | None = None) -> Tensor:
+        """The map of the robot: from noise on the configured grid to t = 1, and through the head to 1 + T_r.
 
-    def _solve(self, v: Velocity, x0: Tensor) -> Tensor:
-        """The map of the robot: from noise to chunk on the configured grid."""
-        config = self.config
+        Args:
+            x0: Noise, `(B, horizon, action_dim)`.
+            o: Observation features, `(B, obs_dim)`.
+            net: The net, if not the active one.
+            v: Its velocity for o, if somebody listens to it.
+        """
+        config, net = self.config, net or self.active_net
         checkpoint = config.checkpoint_solver and self.training
-        return integrate(v, x0, config.solver, config.num_solver_steps, checkpoint=checkpoint)
+        with nullcontext() if config.trains_flow else torch.no_grad():
+            v = net.velocity.bind(o) if v is None else v
+            x1 = integrate(v, x0, config.solver, config.num_solver_steps, checkpoint=checkpoint)
+        if net.head is None:
+            return x1
+        return integrate(net.head.bind(o), x1, "euler", config.head_steps, start=1.0, end=1.0 + config.head_span)
 
     @property
     def _action_dim(self) -> int:

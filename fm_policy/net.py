@@ -1,14 +1,16 @@
-"""Everything that is trained: the observation encoder and the velocity net, made from a configuration."""
+"""Everything that is trained: observation encoder, velocity net and head, made from a configuration."""
 
 from torch import nn
 
 from fm_policy.configuration_fm_ft import FlowMatchingConfig
 from fm_policy.encoders import ObservationEncoder
+from fm_policy.residual.control_synth import ControlSynth
+from fm_policy.residual.unet import ResidualUnet
 from fm_policy.velocity import Transformer, Unet1d, VelocityNet
 
 
 class FlowMatchingNet(nn.Module):
-    """An observation encoder, `o = encoder(batch)`, and a velocity net, `velocity(t, x, o)`."""
+    """An observation encoder, `o = encoder(batch)`, a velocity net, `velocity(t, x, o)`, and perhaps a head."""
 
     def __init__(self, config: FlowMatchingConfig) -> None:
         super().__init__()
@@ -27,6 +29,7 @@ class FlowMatchingNet(nn.Module):
             crop_is_random=config.crop_is_random,
         )
         self.velocity = _make_velocity_net(config, self.encoder.output_dim)
+        self.head = _make_head(config, self.encoder.output_dim)
 
 
 def _make_velocity_net(config: FlowMatchingConfig, obs_dim: int) -> VelocityNet:
@@ -42,3 +45,21 @@ def _make_velocity_net(config: FlowMatchingConfig, obs_dim: int) -> VelocityNet:
         config.transformer_heads,
         config.transformer_dropout,
     )
+
+
+def _make_head(config: FlowMatchingConfig, obs_dim: int) -> VelocityNet | None:
+    action_dim = config.action_feature.shape[0]
+    if config.head == "unet":
+        return ResidualUnet(action_dim, obs_dim)
+    if config.head == "control_synth":
+        return ControlSynth(
+            action_dim,
+            obs_dim,
+            config.horizon,
+            layout=config.head_layout,
+            mode=config.head_mode,
+            activations=config.head_activations,
+            width=config.head_width,
+            rate=config.head_rate,
+        )
+    return None

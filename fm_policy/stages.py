@@ -15,7 +15,11 @@ from torch import Tensor
 from fm_policy.configuration_fm_ft import FlowMatchingConfig
 
 # For each stage, the stages whose checkpoints it may be loaded from: its own, to go on, or the one before.
-BASES = {"pretrain": ("pretrain",), "finetune": ("pretrain", "finetune")}
+BASES = {
+    "pretrain": ("pretrain",),
+    "finetune": ("pretrain", "finetune"),
+    "residual": ("pretrain", "finetune", "residual"),
+}
 
 # What makes the weights and their meaning. A U-Net of another horizon would load without a word.
 INHERITED = (
@@ -48,8 +52,8 @@ def starts_new_stage(config: FlowMatchingConfig, folder: Path) -> bool:
         raise ValueError(
             f"{folder} is of stage {base.stage!r}: stage {config.stage!r} goes on from {list(BASES[config.stage])}"
         )
+    _mention_other_grid(config, base)
     if base.stage == config.stage:
-        _mention_other_grid(config, base)
         return False
     _check_inherited(config, base, folder)
     _check_finished(folder)
@@ -92,7 +96,7 @@ def _mention_other_grid(config: FlowMatchingConfig, base: FlowMatchingConfig) ->
 
 
 def first_weights(weights: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights that a stage starts with: its base's averaged net in every role, all else as newly made.
+    """The weights that a stage starts with: its base's averaged net in every role; all else, a head too, newly made.
 
     Args:
         weights: Of the base's file: `net.*`, perhaps `ema_net.*`, counters.
@@ -101,7 +105,8 @@ def first_weights(weights: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) ->
     average = {name.removeprefix("ema_"): w for name, w in weights.items() if name.startswith("ema_net.")}
     net = average or {name: w for name, w in weights.items() if name.startswith("net.")}
     roles = [role for role in ("", "ema_", "base_") if any(name.startswith(f"{role}net.") for name in fresh)]
-    new = {name: w for name, w in fresh.items() if not name.startswith(("net.", "ema_net.", "base_net."))}
+    inherited = tuple(f"{role}net.{part}." for role in roles for part in ("encoder", "velocity"))
+    new = {name: w for name, w in fresh.items() if not name.startswith(inherited)}
     return new | {role + name: w.clone() for role in roles for name, w in net.items()}
 
 
@@ -115,7 +120,8 @@ def completed_weights(weights: Mapping[str, Tensor], fresh: Mapping[str, Tensor]
     for role in ("ema_", "base_"):
         wanted = any(name.startswith(f"{role}net.") for name in fresh)
         if wanted and not any(name.startswith(f"{role}net.") for name in weights):
-            complete |= {role + name: w.clone() for name, w in weights.items() if name.startswith("net.")}
+            net = {role + name: w.clone() for name, w in weights.items() if name.startswith("net.")}
+            complete |= {name: w for name, w in net.items() if name in fresh}  # a base has no head
             complete |= {name: w for name, w in fresh.items() if name == f"{role}updates"}
     return complete
 

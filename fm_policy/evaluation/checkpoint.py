@@ -11,6 +11,7 @@ from lerobot.utils.device_utils import get_safe_torch_device
 
 from fm_policy.configuration_fm_ft import FlowMatchingConfig
 from fm_policy.evaluation.inference import Processor
+from fm_policy.evaluation.report import nfe_text
 from fm_policy.flow.solvers import SOLVER_CALLS
 from fm_policy.modeling_fm_ft import FlowMatchingPolicy
 
@@ -98,7 +99,9 @@ def fingerprint(path: Path) -> str:
 
 
 def _inference(config: FlowMatchingConfig) -> str:
-    return config.solver if config.nfe is None else f"{config.solver} at NFE {config.nfe}"
+    if config.nfe is None:
+        return config.solver
+    return f"{config.solver} at {nfe_text({'nfe': config.nfe, 'head_nfe': config.head_nfe})}"
 
 
 def _check_folder(path: Path) -> None:

@@ -58,13 +58,18 @@ def as_text(summary: dict[str, Any]) -> str:
     lines = [
         f"score      {summary['score']:.3f}  {_interval(summary['score_interval'])}  mean of the largest reward",
         f"success    {summary['success']:.3f}  {_interval(summary['success_interval'])}",
-        f"episodes   {summary['episodes']} seeds x {summary['repeats']} repeats, NFE {summary['nfe']:g} per chunk",
+        f"episodes   {summary['episodes']} seeds x {summary['repeats']} repeats, {nfe_text(summary)} per chunk",
     ]
     if summary["repeats"] > 1:
         lines.insert(2, f"best of {summary['repeats']:<2d} {summary['best_of_r']:.3f}")
     if times := summary.get("ms_per_chunk"):
         lines.append(f"inference  {times['p50']:.1f} ms per call of {times['rows']} rows (p99 {times['p99']:.1f} ms)")
     return "\n".join(lines)
+
+
+def nfe_text(record: dict[str, Any]) -> str:
+    """The calls per chunk that a record names: of the velocity net, and the head's beside them where there is one."""
+    return f"NFE {record['nfe']:g}" + (f" + {record['head_nfe']}" if record["head_nfe"] else "")
 
 
 def _interval(interval: Interval | None) -> str:

@@ -98,6 +98,7 @@ def evaluate_into(
             rows.append(episode)
     summary = {
         **summarise(rows.episodes),
+        "head_nfe": checkpoint.policy.config.head_nfe,
         "ms_per_chunk": chunk_times(sampler.calls),
         **settings,
         **_provenance(checkpoint),

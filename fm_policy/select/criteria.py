@@ -71,7 +71,7 @@ def measure_coverage(run: SavedRun, seed: int, episodes: int, repeats: int, fold
     for step, path in run.checkpoints.items():
         summary = evaluate_into(folder / step, load_checkpoint(path, device), task, plan, resume=True)
         values[step] = table(read_episodes(folder / step / "episodes.jsonl"), "max_reward")
-        names = ("score", "score_interval", "success", "success_interval", "nfe")
+        names = ("score", "score_interval", "success", "success_interval", "nfe", "head_nfe")
         details[step] = {"fingerprint": summary["policy"]["fingerprint"]} | {name: summary[name] for name in names}
     settings = {"task": summary["task"], "seed": seed, "episodes": episodes, "repeats": repeats}
     return Measurement(values, details, settings, f"{episodes} seeds from {seed} on x {repeats} repeats")

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from fm_policy.flow.solvers import Velocity
+
 
 class VelocityNet(nn.Module, ABC):
     """A velocity field on chunks of actions, conditioned on an observation."""
@@ -22,6 +24,10 @@ class VelocityNet(nn.Module, ABC):
         Returns:
             dx/dt, `(B, horizon, action_dim)`.
         """
+
+    def bind(self, o: Tensor) -> Velocity:
+        """The velocity v(t, x) of these observations, `(B, obs_dim)`, as solvers take it."""
+        return lambda t, x: self(t, x, o)
 
 
 class TimeEmbedding(nn.Module):

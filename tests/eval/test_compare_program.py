@@ -71,6 +71,17 @@ def test_differences_are_those_of_the_episodes_with_equal_seed_and_repeat(compar
     assert f"score {against['score']:+.3f} [{against['score_interval'][0]:+.3f}, " in printed
 
 
+def test_calls_of_a_head_are_told_and_taken_for_none_in_the_oldest_summaries(compare, evaluations, tmp_path, capsys):
+    old = change(evaluations[1], tmp_path / "old", lambda summary: summary.pop("head_nfe"))
+    new = change(evaluations[2], tmp_path / "new", lambda summary: summary.update(head_nfe=4))
+    compare(old, new, "--json", tmp_path / "numbers.json")
+    records = json.loads((tmp_path / "numbers.json").read_text())
+    assert [(record["nfe"], record["head_nfe"]) for record in records] == [(1, 0), (2, 4)]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].endswith("  NFE 1")
+    assert lines[3].endswith("  NFE 2 + 4")
+
+
 def test_wins_and_losses_count_episodes(compare, evaluations, tmp_path):
     rows = [json.loads(line) for line in (evaluations[1] / "episodes.jsonl").read_text().splitlines()]
     rows.sort(key=lambda row: (row["seed"], row["repeat"]))

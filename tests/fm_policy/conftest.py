@@ -45,6 +45,21 @@ def policy(**changes) -> FlowMatchingPolicy:
     return FlowMatchingPolicy(config(**changes))
 
 
+def finetuning(**changes) -> FlowMatchingPolicy:
+    """A tiny policy in stage `finetune` with a copy of its base, as a trainer makes it, in training mode.
+
+    Its weights are moved away from their first values, many of which are zero in a Transformer.
+    """
+    torch.manual_seed(0)
+    policy = FlowMatchingPolicy(config(stage="finetune", **changes), dataset_meta=SimpleNamespace())
+    with torch.no_grad():
+        for parameter in policy.net.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    for copied in (policy.base_net, *([policy.ema_net] if policy.config.use_ema else [])):
+        copied.load_state_dict(policy.net.state_dict())
+    return policy.train()
+
+
 def windows(config: FlowMatchingConfig, size: int = 4, seed: int = 0) -> dict[str, Tensor]:
     """A normalised training batch of the shapes that the configuration asks for."""
     generator = torch.Generator().manual_seed(seed)
@@ -62,5 +77,6 @@ def frame(config: FlowMatchingConfig, size: int = 4, seed: int = 0) -> dict[str,
 
 @pytest.fixture(scope="session")
 def tiny() -> SimpleNamespace:
-    """Makers of small things: `config`, `policy`, `windows`, `frame`; and the features `VECTORS`, `CAMERAS`."""
-    return SimpleNamespace(config=config, policy=policy, windows=windows, frame=frame, VECTORS=VECTORS, CAMERAS=CAMERAS)
+    """Makers of small things, the functions above; and the features `VECTORS`, `CAMERAS`."""
+    makers = {"config": config, "policy": policy, "finetuning": finetuning, "windows": windows, "frame": frame}
+    return SimpleNamespace(**makers, VECTORS=VECTORS, CAMERAS=CAMERAS)

@@ -149,7 +149,7 @@ def test_help_asks_for_no_data(flag, home, conversions, capsys):
         ([*SUGAR, "net=mlp"], r"unknown net 'mlp' \(known: paper, transformer, unet\)"),
         (
             [*SUGAR, "stage=finetuen"],
-            r"unknown stage 'finetuen', did you mean 'finetune'\? \(known: finetune, pretrain\)",
+            r"unknown stage 'finetuen', did you mean 'finetune'\? \(known: finetune, pretrain, residual\)",
         ),
         (
             [*SUGAR, "obs=image", "net=transformer"],

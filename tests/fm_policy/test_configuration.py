@@ -13,6 +13,13 @@ def test_default_configuration_fits_lerobots_contract(tiny):
     assert config.get_scheduler_preset().num_warmup_steps == 500
 
 
+def test_fine_tuning_has_a_rate_of_its_own_and_keeps_it(tiny):
+    config = tiny.config(stage="finetune", coupling="inverse", variance="diagonal", sigma=(0.1, 0.2, 0.3))
+    assert config.get_optimizer_preset().lr == 5e-6
+    schedule = config.get_scheduler_preset()
+    assert (schedule.name, schedule.num_warmup_steps) == ("constant", 0)
+
+
 @pytest.mark.parametrize(
     ("n_obs_steps", "observed", "first_and_last_action", "chunk", "dropped"),
     [(1, [0], (0, 15), 16, 8), (2, [-1, 0], (-1, 14), 15, 7)],
@@ -45,7 +52,18 @@ def test_nfe(tiny, solver, steps, nfe):
     ("changes", "message"),
     [
         ({"stage": "finetun"}, "stage must be one of .* got 'finetun'"),
-        ({"coupling": "ot"}, "coupling must be one of .* got 'ot'"),
+        ({"coupling": "random"}, "coupling must be one of .* got 'random'"),
+        ({"coupling": "ot"}, "coupling='ot' is not for a policy: mini-batch optimal transport .* C2OT"),
+        ({"stage": "finetune", "coupling": "ot"}, "coupling='ot' is not for a policy"),
+        ({"coupling": "nearest"}, "coupling='nearest' is for stage 'finetune'"),
+        ({"coupling": "inverse"}, "coupling='inverse' is for stage 'finetune'"),
+        ({"train_encoder": False}, "train_encoder=False is for stage 'finetune'"),
+        ({"variance": "full"}, "variance must be one of .* got 'full'"),
+        ({"variance": "diagonal"}, "variance='diagonal' needs sigma"),
+        ({"variance": "diagonal", "sigma": (0.1, 0.0, 0.1)}, r"every sigma must be positive, got \[0.1, 0.0, 0.1\]"),
+        ({"nearest_k": 0}, "nearest_k must be at least 1, got 0"),
+        ({"cfm_weight": -0.1}, "must not be negative, got -0.1 and 5e-06"),
+        ({"finetune_lr": -1.0}, "must not be negative, got 0.0 and -1.0"),
         ({"solver": "ddim"}, "solver must be one of .* got 'ddim'"),
         ({"velocity_net": "mlp"}, "velocity_net must be one of .* got 'mlp'"),
         ({"vision_backbone": "vit"}, "vision_backbone must be one of .* got 'vit'"),
@@ -76,6 +94,11 @@ def test_impossible_values_are_refused_by_name(tiny, changes, message):
     [
         ({"output_features": {}}, "needs the output feature 'action'"),
         ({"input_features": {}}, "needs an image"),
+        (
+            {"variance": "diagonal", "sigma": (0.1, 0.2)},
+            r"sigma needs 3 numbers \(one per action dimension\) or 48 \(one per element of a chunk\), got 2",
+        ),
+        ({"sigma": (0.1,) * 47}, "sigma needs 3 numbers .* got 47"),
         (
             {
                 "input_features": {"observation.image": PolicyFeature(FeatureType.VISUAL, (3, 32, 32))},

@@ -62,9 +62,7 @@ class TestTraining:
         policy = tiny.policy().eval()
         batch = tiny.windows(policy.config)
         batch["action_is_pad"][:2, 5:] = True
-        torch.manual_seed(1)
         mean, _ = policy.forward(batch)
-        torch.manual_seed(1)
         per_sample, _ = policy.forward(batch, reduction="none")
         assert per_sample.shape == (4,)
         torch.testing.assert_close(per_sample.mean(), mean)
@@ -100,14 +98,33 @@ class TestTraining:
     def test_evaluation_mode_logs_what_the_deployed_solver_produces(self, tiny):
         policy = tiny.policy().eval()
         batch = tiny.windows(policy.config)
-        torch.manual_seed(3)
+        batch["action_is_pad"][0, 5:] = True
+        starts = []
+        hook = policy.ema_net.velocity.register_forward_pre_hook(lambda _, inputs: starts.append(inputs[:2]))
         _, logs = policy.forward(batch)
+        hook.remove()
+        # One call at random times for the loss; then from noise, for the error and for the spread of 8 noises.
+        assert starts[0][0].shape == (4,)
+        noise, noises = (x for t, x in starts[1:] if t == 0)
+        chunk = policy.reconstruct(batch, noise)
+        expected = masked_mse(chunk, batch["action"], batch["action_is_pad"])
+        assert logs["reconstruction_error"] == pytest.approx(expected.item(), rel=1e-5)
+        samples = torch.stack([policy.reconstruct(batch, x0) for x0 in noises.view(8, 4, 16, 3)])
+        assert logs["spread"] == pytest.approx(samples.var(dim=0).mean(dim=(1, 2)).sqrt().mean().item(), rel=1e-4)
+        logs = policy.train().forward(batch)[1]
+        assert logs["held_out_reconstruction_error"] == pytest.approx(expected.item(), rel=1e-5)
+        assert "reconstruction_error" not in logs
+
+    def test_evaluation_mode_draws_the_same_noise_for_ever(self, tiny):
+        policy = tiny.policy()
+        batch = tiny.windows(policy.config)
+        loss, logs = policy.eval().forward(batch)
         torch.manual_seed(3)
-        noise = sample_noise(batch["action"].shape)
-        observation = {name: batch[name] for name in policy.config.input_features}
-        chunk = policy.predict_action_chunk(observation, noise=noise)
-        assert logs["reconstruction_error"] == pytest.approx(masked_mse(chunk, batch["action"]).item(), rel=1e-5)
-        assert "reconstruction_error" not in policy.train().forward(batch)[1]
+        policy.train().forward(batch)
+        again, same_logs = policy.eval().forward(batch)
+        assert again == loss
+        assert same_logs == logs
+        assert logs["spread"] > 0
 
     def test_single_frames_are_refused(self, tiny):
         policy = tiny.policy()

@@ -45,20 +45,35 @@ LEFT_OPEN = {
     },
 }
 
-# Of what a recipe must name, a later stage sets these fields and takes those from its base: a new field of the
-# configuration belongs into one of the two.
-SET_BY_STAGE = {
-    *("stage", "coupling", "nearest_k", "solver", "num_solver_steps", "variance", "sigma", "cfm_weight"),
-    *("checkpoint_solver", "train_encoder", "keep_statistics", "finetune_lr", "use_ema", "ema_power", "ema_max_decay"),
+# What every stage after the first sets, what one of them sets besides, and what they take from their base: a new field
+# of the configuration belongs into one of these.
+SET_BY_EVERY = {
+    *("stage", "coupling", "nearest_k", "variance", "sigma", "cfm_weight", "checkpoint_solver", "train_encoder"),
+    *("keep_statistics", "finetune_lr", "use_ema", "ema_power", "ema_max_decay"),
     *("window_store", "use_amp", "use_peft", "push_to_hub"),
 }
-TAKEN_FROM_BASE = {
+SET_BY = {
+    "finetune": {"solver", "num_solver_steps"},
+    "residual": {
+        *("head", "head_mode", "head_layout", "head_activations", "head_width", "head_rate", "head_span"),
+        *("head_steps", "head_penalty", "head_penalty_weight", "head_penalty_margin", "train_base", "head_lr"),
+    },
+}
+ALWAYS_TAKEN = {
     *stages.INHERITED,
     *("n_action_steps", "drop_n_last_frames", "crop_is_random", "transformer_dropout"),
     *("optimizer_lr", "optimizer_betas", "optimizer_weight_decay", "scheduler_name", "scheduler_warmup_steps"),
 }
 # LeRobot drops a list from a recipe that starts from a policy: the base's holds, or the command line's.
-NO_OVERRIDE = {"sigma"}
+NO_OVERRIDE = {"sigma", "head_activations"}
+
+
+def set_by(stage: str) -> set[str]:
+    return SET_BY_EVERY | SET_BY[stage]
+
+
+def taken_from_base(stage: str) -> set[str]:
+    return ALWAYS_TAKEN | set().union(*SET_BY.values()) - SET_BY[stage]
 
 
 def read(path: Path) -> dict:
@@ -87,14 +102,15 @@ def test_a_recipe_of_the_first_stage_names_the_whole_policy(key, path):
     assert names(FlowMatchingConfig) - LEFT_OPEN[FlowMatchingConfig] == set(read(path)["policy"]) - {"type"}
 
 
-def test_every_field_is_set_by_a_later_stage_or_taken_from_its_base():
-    assert names(FlowMatchingConfig) - LEFT_OPEN[FlowMatchingConfig] == SET_BY_STAGE | TAKEN_FROM_BASE
-    assert not SET_BY_STAGE & TAKEN_FROM_BASE
+@pytest.mark.parametrize("stage", SET_BY)
+def test_every_field_is_set_by_a_later_stage_or_taken_from_its_base(stage):
+    assert names(FlowMatchingConfig) - LEFT_OPEN[FlowMatchingConfig] == set_by(stage) | taken_from_base(stage)
+    assert not set_by(stage) & taken_from_base(stage)
 
 
 @each(LATER)
 def test_a_recipe_of_a_later_stage_names_what_the_stage_sets(key, path):
-    assert set(read(path)["policy"]) == SET_BY_STAGE - NO_OVERRIDE | {"path"}
+    assert set(read(path)["policy"]) == set_by(key.stage) - NO_OVERRIDE | {"path"}
 
 
 @each(LATER)
@@ -146,6 +162,7 @@ def base(tmp_path, monkeypatch) -> str:
         device="cpu",
         **{"horizon": 32, "down_dims": (8, 16), "velocity_net": "transformer", "optimizer_betas": (0.5, 0.6)},
         **{"solver": "heun", "num_solver_steps": 3, "nearest_k": 2, "variance": "diagonal", "sigma": (0.1, 0.2)},
+        **{"head_activations": ("prelu",), "head_width": 7, "head_span": 2.0, "head_penalty": "linear", "head_lr": 1.0},
         **{"cfm_weight": 0.5, "keep_statistics": True, "finetune_lr": 1.0, "use_amp": False, "push_to_hub": True},
         **{"use_ema": False, "ema_power": 0.5, "ema_max_decay": 0.5},
     )
@@ -159,10 +176,10 @@ def test_a_later_stage_changes_its_base_by_the_recipe_alone(key, path, base, val
     wanted = {name: value for name, value in read(path)["policy"].items() if name != "path"}
     assert {name: getattr(config.policy, name) for name in wanted} == wanted
     kept = PreTrainedConfig.from_pretrained(base)
-    for name in TAKEN_FROM_BASE | NO_OVERRIDE:
+    for name in taken_from_base(key.stage) | NO_OVERRIDE:
         assert getattr(config.policy, name) == getattr(kept, name), name
     assert config.policy.pretrained_path == Path(base)
-    assert config.optimizer.lr == wanted["finetune_lr"]
+    assert config.optimizer.lr == wanted["head_lr" if key.stage == "residual" else "finetune_lr"]
     assert config.optimizer.betas == (0.5, 0.6)
     assert dataclasses.asdict(config.scheduler) == {"name": "constant", "num_warmup_steps": 0}
     assert (config.steps, config.save_freq, config.env_eval_freq) == (600, 100, 600)
@@ -172,7 +189,7 @@ def test_a_later_stage_changes_its_base_by_the_recipe_alone(key, path, base, val
 def test_the_command_line_wins_over_a_later_stages_recipe(key, path, base, validated):
     config = validated(
         *(f"--config_path={path}", f"--policy.path={Path(base).absolute()}"),
-        *("--policy.finetune_lr=1e-5", "--steps=300"),
+        *("--policy.finetune_lr=1e-5", "--policy.head_lr=1e-5", "--steps=300"),
         *("--policy.coupling", "nearest", "--policy.variance=diagonal", "--policy.sigma=[0.3,0.4]"),
     )
     assert config.policy.finetune_lr == config.optimizer.lr == 1e-5

@@ -106,3 +106,9 @@ def test_another_nfe_than_the_checkpoints_is_said(checkpoint):
     batch = {"observation.state": torch.zeros(1, 2), "observation.environment_state": torch.zeros(1, 16)}
     changed.policy.predict_action_chunk(batch)
     assert changed.policy.nfe == 8
+
+
+def test_the_calls_of_a_head_are_said_beside_the_nets(make_checkpoint):
+    path = make_checkpoint(stage="residual", head="unet", head_steps=3).path
+    note = "evaluating with heun at NFE 4 + 3; the checkpoint was fine-tuned through euler at NFE 2 + 3"
+    assert load_checkpoint(path, solver="heun", nfe=4).note == note

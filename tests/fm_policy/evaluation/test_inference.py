@@ -11,6 +11,7 @@ from fm_policy.modeling_fm_ft import FlowMatchingPolicy
 STATES = {"observation.environment_state": (FeatureType.ENV, (16,)), "observation.state": (FeatureType.STATE, (2,))}
 PIXELS = {"observation.image": (FeatureType.VISUAL, (3, 96, 96)), "observation.state": (FeatureType.STATE, (2,))}
 SMALL_UNET = {"down_dims": (32, 64, 128), "time_embed_dim": 64}
+HEAD = {"stage": "residual", "head": "control_synth", **SMALL_UNET}
 SMALL_TRANSFORMER = {"velocity_net": "transformer", "transformer_dim": 128, "transformer_layers": 2}
 
 
@@ -42,6 +43,9 @@ def chunks(policy: FlowMatchingPolicy, rows: torch.Tensor) -> torch.Tensor:
         pytest.param(STATES, SMALL_UNET, id="unet"),
         pytest.param(STATES, SMALL_TRANSFORMER, id="transformer"),
         pytest.param(PIXELS, SMALL_UNET, id="image"),
+        pytest.param(STATES, HEAD, id="head"),
+        pytest.param(STATES, {**HEAD, "head_layout": "chunk", "head_mode": "free"}, id="head-of-chunks"),
+        pytest.param(STATES, {**HEAD, "head": "unet"}, id="head-unet"),
     ],
 )
 def test_blocks_of_rows_give_each_row_the_same_bits(features, fields):

@@ -42,6 +42,7 @@ def test_summary_says_what_the_rows_say(finished):
     assert summary["success_interval"] == pytest.approx(wilson_interval(0, 5))
     assert summary["measures"]["final_coverage"] == pytest.approx(np.mean([r.measures["final_coverage"] for r in rows]))
     assert (summary["episodes"], summary["repeats"], summary["nfe"], summary["steps"]) == (5, 2, 2, 30)
+    assert summary["head_nfe"] == 0
     assert summary["ms_per_chunk"]["rows"] == 16
     assert 0 < summary["ms_per_chunk"]["p50"] <= summary["ms_per_chunk"]["p99"]
 
@@ -64,6 +65,15 @@ def test_text_names_score_and_success(finished):
     assert f"score      {finished[1]['score']:.3f}" in text
     assert "5 seeds x 2 repeats, NFE 2 per chunk" in text
     assert "best of 2" in text
+
+
+def test_calls_of_a_head_are_told_beside_those_of_the_net(make_checkpoint, short_pusht, tmp_path):
+    with_head = make_checkpoint(stage="residual", head="control_synth", head_steps=3)
+    summary = evaluate_into(tmp_path, with_head, short_pusht, replace(RUN, episodes=1, repeats=1))
+    assert (summary["nfe"], summary["head_nfe"]) == (2, 3)
+    assert "1 seeds x 1 repeats, NFE 2 + 3 per chunk" in as_text(summary)
+    # The policy's fingerprint says which head it was: evaluations from before there were heads are continued.
+    assert "head_nfe" not in json.loads((tmp_path / "run.json").read_text())
 
 
 @pytest.mark.parametrize("kept", [0, 1, 7, 10])
