@@ -1,11 +1,14 @@
 """Certify the residual head of a policy: `python eval/certify.py --policy FOLDER --out FOLDER2`.
 
-Writes `certificate.json`, which `eval/verify_certificate.py` checks with numpy alone, and `certificate.png`: pairs of
-simulated trajectories under a common input, and the certified factor that none of them may exceed.
+Writes `certificate.json`, which `eval/verify_certificate.py` checks with numpy alone, and `certificate.png`: simulated
+pairs under a common input, and the certified numbers that none of them may exceed. Ends with status 0 if contraction,
+Euler step and input-to-state stability are all certified; with 1 if one is refused, after writing down why; with 2 if
+a simulated pair or trajectory contradicts its certificate, which would be an error of this package.
 """
 
 import argparse
 import hashlib
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,10 +16,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from fm_policy.residual.control_synth import ControlSynth
     from fm_policy.residual.record import Answer, Record
+    from fm_policy.residual.simulation import Simulated
 
-PAIRS, STEPS = 10_000, 12
+QUESTIONS = ("contraction", "euler", "iss")
 
 
 def parse() -> argparse.Namespace:
@@ -25,8 +28,12 @@ def parse() -> argparse.Namespace:
     add("--policy", type=Path, required=True, help="folder of a checkpoint of stage residual")
     add("--out", type=Path, help="folder for certificate and picture; that of the policy if not given")
     add("--method", help="semidefinite, full, diagonal or identity; by the size of the head if not given")
+    add("--pairs", type=int, default=10_000, help="simulated pairs of states")
     add("--seed", type=int, default=0, help="of the simulated pairs")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.pairs < 1:
+        parser.error(f"--pairs must be at least 1, got {args.pairs}")
+    return args
 
 
 def main() -> None:
@@ -35,7 +42,8 @@ def main() -> None:
     from fm_policy.evaluation.checkpoint import load_checkpoint
     from fm_policy.residual.certificate import Search, certify
     from fm_policy.residual.control_synth import ControlSynth
-    from fm_policy.residual.record import to_json
+    from fm_policy.residual.record import Refusal, to_json
+    from fm_policy.residual.simulation import simulate
 
     try:
         policy = load_checkpoint(args.policy).policy
@@ -47,69 +55,70 @@ def main() -> None:
         start = time.perf_counter()
         record = certify(head.system(), step, weights, Search(args.method))
         seconds = time.perf_counter() - start
-    except ValueError as error:
+    except (ValueError, ModuleNotFoundError) as error:
         raise SystemExit(f"certify.py: {error}") from error
     out = args.out or args.policy
     out.mkdir(parents=True, exist_ok=True)
     (out / "certificate.json").write_text(to_json(record), encoding="utf-8")
-    for name in ("contraction", "euler", "iss"):
+    for name in QUESTIONS:
         print(f"{name:12s} {describe(getattr(record, name))}")
     print(f"found in {seconds:.1f} s; {out / 'certificate.json'}")
-    ratios = simulate(head, step, record, args.seed)
-    certified = getattr(record.euler, "factor", None)
-    print(f"{PAIRS} pairs, {STEPS} Euler steps: the worst grew by {ratios.max():.6f} in a step, certified: {certified}")
-    draw(ratios, certified, out / "certificate.png")
+    simulated = simulate(head, step, record, args.pairs, args.seed)
+    tell(simulated, record)
+    draw(simulated, record, out / "certificate.png")
+    if violations := simulated.violations(record):
+        print("certify.py: VIOLATED: " + "; ".join(violations), file=sys.stderr)
+        raise SystemExit(2)
+    if refused := [name for name in QUESTIONS if isinstance(getattr(record, name), Refusal)]:
+        raise SystemExit(f"certify.py: not certified: {', '.join(refused)}")
 
 
 def describe(answer: "Answer") -> str:
     from fm_policy.residual.record import Refusal
 
     if isinstance(answer, Refusal):
-        return f"{answer.reason}: {answer.condition} is {answer.amount}"
+        return f"{answer.reason}: {answer.condition} {'' if answer.amount is None else f'{answer.amount:.6g}'}"
     shown = {name: getattr(answer, name) for name in ("rate", "factor", "step", "phi") if hasattr(answer, name)}
     return "certified: " + ", ".join(f"{name} {value:.6g}" for name, value in shown.items()) + f" ({answer.method})"
 
 
-def simulate(head: "ControlSynth", step: float, record: "Record", seed: int) -> np.ndarray:
-    """Growth of the distance, in the certified norm, of pairs under common random inputs, `(STEPS, PAIRS)`."""
-    import torch
-
-    head = head.double()
-    generator = torch.Generator().manual_seed(seed)
-    n, p = head.n, np.asarray(getattr(record.euler, "p", np.eye(head.n)))
-    root = torch.from_numpy(np.linalg.cholesky(p))
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    def distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return ((x - y).reshape(PAIRS, -1, n) @ root).norm(dim=-1)
-
-    x, y = 3 * draw(PAIRS, *head.chunk_shape), 3 * draw(PAIRS, *head.chunk_shape)
-    growth = []
-    with torch.no_grad():
-        for _ in range(STEPS):
-            v = head.bind(draw(PAIRS, head.obs_dim))
-            x_next, y_next = x + step * v(1.0, x), y + step * v(1.0, y)
-            growth.append((distance(x_next, y_next) / distance(x, y)).max(dim=1).values.numpy())
-            x, y = x_next, y_next
-    return np.array(growth)
+def tell(simulated: "Simulated", record: "Record") -> None:
+    """A table of the worst pair of each kind against the certified numbers."""
+    print(f"{'simulated pairs':20s}{'number':>8s}{'largest factor':>16s}{'least rate':>14s}")
+    for kind, factor in simulated.factor.items():
+        print(f"{kind:20s}{factor.shape[1]:8d}{factor.max():16.9f}{simulated.rate[kind].min():14.9f}")
+    certified = getattr(record.euler, "factor", None), getattr(record.contraction, "rate", None)
+    cells = ["refused" if number is None else f"{number:.9f}" for number in certified]
+    print(f"{'certified':28s}{cells[0]:>16s}{cells[1]:>14s}")
+    if simulated.reach is not None:
+        reach = simulated.reach
+        print(f"{reach.shape[1]} trajectories under bounded inputs: |x|² reached {reach.max():.3f} of its bound")
 
 
-def draw(ratios: np.ndarray, certified: float | None, file: Path) -> None:
+def draw(simulated: "Simulated", record: "Record", file: Path) -> None:
+    """Histograms of the pairs by kind, and lines where the certificates end them."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4))
-    axes.hist(ratios.ravel(), bins=200, color="tab:blue")
-    if certified is not None:
-        axes.axvline(certified, color="tab:red", label=f"certified factor {certified:.5f}")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    panels = (
+        (left, simulated.factor, getattr(record.euler, "factor", None), "$|x - y|_P$ after an Euler step / before it"),
+        (right, simulated.rate, getattr(record.contraction, "rate", None), "rate of approach in the flow, 1 / time"),
+    )
+    for axes, numbers, certified, label in panels:
+        edges = np.histogram_bin_edges(np.concatenate([part.ravel() for part in numbers.values()]), bins=150)
+        for kind, part in numbers.items():
+            axes.hist(part.ravel(), bins=edges, histtype="step", label=f"{kind} pairs")
+        if certified is not None:
+            axes.axvline(certified, color="tab:red", label=f"certified: {certified:.5g}")
+        axes.set(xlabel=label, yscale="log")
         axes.legend()
-    axes.set(xlabel="growth of the distance of a pair in one Euler step", ylabel="pairs and steps", yscale="log")
+    left.set_ylabel("pairs and steps")
     figure.tight_layout()
     figure.savefig(file, dpi=100)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ Form = Callable[[Array, Array], Pencil]
 SMOOTHING = (1e-1, 1e-2, 1e-3, 1e-4)
 STEPS = 300
 SMALLEST_SECTOR = 1e-3
+LARGEST_CONDITION = 1e4  # of S: beyond P = Sᵀ S of condition 1e8, rounding would take the proof away
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def descend(form: Form, balanced: Balanced, structure: str) -> tuple[Array, Arra
             values, vectors = eigh(pencil.matrix, pencil.weight)
         except np.linalg.LinAlgError:  # S is singular: as bad as can be, and the line search steps back
             return math.inf, np.zeros_like(x)
-        if not best or values[-1] < best[0][0]:
+        if not best or (values[-1] < best[0][0] and np.linalg.cond(s) <= LARGEST_CONDITION):
             best[:] = [(float(values[-1]), x.copy())]
         shares = np.exp((values - values[-1]) / smoothing)
         value = values[-1] + smoothing * math.log(shares.sum())

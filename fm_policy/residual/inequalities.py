@@ -104,10 +104,14 @@ def upper_bound(form: Callable[..., Array], system: System, *numbers: Array | fl
 
 def is_positive_definite(p: Array) -> bool:
     """P = Pᵀ > 0, beyond rounding."""
-    if not (np.isfinite(p).all() and np.array_equal(p, p.T)):
-        return False
+    return bool(np.isfinite(p).all() and np.array_equal(p, p.T) and extremes(p)[0] > 0)
+
+
+def extremes(p: Array) -> tuple[float, float]:
+    """A bound from below of the least, and one from above of the largest eigenvalue of a symmetric matrix."""
     eigenvalues = np.linalg.eigvalsh(p)
-    return bool(eigenvalues[0] > 8 * len(p) * EPSILON * np.abs(p).sum(axis=1).max())
+    rounding = 8 * len(p) * EPSILON * np.abs(p).sum(axis=1).max()
+    return float(eigenvalues[0] - rounding), float(eigenvalues[-1] + rounding)
 
 
 def is_nonnegative(multipliers: Array) -> bool:
@@ -120,14 +124,14 @@ def jacobian(system: System, slopes: Array) -> Array:
     return system.a0 + system.stacked_a * slopes @ system.stacked_w
 
 
-def growth(matrix: Array) -> float:
-    """The largest real part of an eigenvalue: negative where x' = matrix x dies out."""
-    return float(np.linalg.eigvals(matrix).real.max())
+def eigenvalue_error(system: System, slopes: Array) -> float:
+    """How far the computed eigenvalues of `jacobian` may lie from true ones, after Bauer and Fike.
 
-
-def spectral_radius(matrix: Array) -> float:
-    """The largest modulus of an eigenvalue: below 1 where x, matrix x, matrix² x, ... dies out."""
-    return float(np.abs(np.linalg.eigvals(matrix)).max())
+    The rounding of forming and decomposing it, times |V| |V⁻¹| of its eigenvectors: large where it is far from normal.
+    """
+    size = np.linalg.norm(jacobian(_absolute(system), slopes), 2)
+    vectors = np.linalg.eig(jacobian(system, slopes))[1]
+    return float(8 * (system.n + len(slopes)) * EPSILON * size * np.linalg.cond(vectors))
 
 
 def _absolute(system: System) -> System:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fm_policy.residual import inequalities
-from fm_policy.residual.inequalities import is_nonnegative, is_positive_definite
+from fm_policy.residual.inequalities import extremes, is_nonnegative, is_positive_definite
 from fm_policy.residual.system import Array, System
 
 FORMAT = 1
@@ -90,12 +90,11 @@ class InputToState:
 
     def derived(self, system: System) -> dict[str, float]:
         """The constants of the bound: c1, c2; and of |x| <= overshoot e^(-decay time) |x(0)| + gain sup |g|."""
-        eigenvalues = np.linalg.eigvalsh(self.p)
-        c1, c2 = float(eigenvalues[0]), float(eigenvalues[-1])
+        c1, c2 = extremes(self.p)
         first = 0
         for w, beta in zip(system.w, system.beta, strict=True):
             part = self.integral[first : first + len(w)] * beta
-            c2 += max(float(np.linalg.eigvalsh((w.T * part) @ w)[-1]), 0.0)
+            c2 += extremes((w.T * part) @ w)[1]
             first += len(w)
         ratio = c2 / c1
         return {
@@ -140,9 +139,12 @@ class Record:
 
 
 def region_factor(p: Array) -> float:
-    """sqrt(lambda_min(P) / lambda_max(P)): the largest ball inside a level set of V, over the smallest around it."""
-    eigenvalues = np.linalg.eigvalsh(p)
-    return float(np.sqrt(eigenvalues[0] / eigenvalues[-1]))
+    """sqrt(lambda_min(P) / lambda_max(P)): the largest ball inside a level set of V, over the smallest around it.
+
+    From below, rounding counted; P > 0 by `inequalities.is_positive_definite`.
+    """
+    least, largest = extremes(p)
+    return math.sqrt(least / largest)
 
 
 def region_radius(p: Array, slope_radius: float, state_radius: float) -> float:

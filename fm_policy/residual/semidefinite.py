@@ -5,7 +5,7 @@ there are no integral terms, so that the solver splits the inequality into one c
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from fm_policy.residual.descent import Balanced, Form, largest_eigenvalue
+from fm_policy.residual.inequalities import EPSILON
 from fm_policy.residual.system import Array
 
-LARGEST_P = 1e4  # I <= P <= 1e4 I: keeps the programs bounded
+LARGEST = 1e4  # I <= P <= 1e4 I, multipliers up to 1e4: keeps the programs bounded, and their duals worth something
 SMALLEST_MULTIPLIER = 1e-6  # in the balanced system, where 1 is usual: strict, and far from mattering
 STRICT = 1e-6  # what is left to a solver's inaccuracy, where the largest eigenvalue itself is not minimised
 TOLERANCE = 2e-3  # of the bisection, relative to what is won over the target
@@ -28,12 +29,16 @@ class SolverFailureError(Exception):
     """The solver gave no usable answer, which says nothing about the system."""
 
 
-class InfeasibleError(Exception):
-    """There is no solution; `excess` is the smallest achievable largest eigenvalue, with P >= I."""
+class NotFoundError(Exception):
+    """The solver found no solution; `excess` is the smallest largest eigenvalue that it reached, with P >= I."""
 
     def __init__(self, excess: float) -> None:
         super().__init__(f"the smallest achievable largest eigenvalue is {excess:.3g}")
         self.excess = excess
+
+
+class InfeasibleError(NotFoundError):
+    """There is no solution, see `excess_bound`; `excess` is a bound from below of any largest eigenvalue."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +64,8 @@ def cvxpy() -> ModuleType:
     return module
 
 
-def solve(problem: Any, solver: Solver) -> bool:
+def solve(problem: Any, solver: Solver) -> None:
     """Solve a cvxpy problem that has a solution.
-
-    Returns:
-        Whether the solver reached its full accuracy.
 
     Raises:
         SolverFailureError: If it says anything but that it has the optimum.
@@ -78,7 +80,6 @@ def solve(problem: Any, solver: Solver) -> bool:
             raise SolverFailureError(f"{solver.name}: {error}") from error
     if problem.status not in (cp.OPTIMAL, cp.OPTIMAL_INACCURATE):
         raise SolverFailureError(f"{solver.name} ended with the status {problem.status!r}")
-    return problem.status == cp.OPTIMAL
 
 
 def rate_lmi(balanced: Balanced) -> Lmi:
@@ -113,18 +114,16 @@ def least_value(
     """P, tau and the least value mu below `target` for which the inequality holds, by bisection from `lower`.
 
     Raises:
-        InfeasibleError: If there is none.
+        NotFoundError: If it finds none; an `InfeasibleError` if there is none.
         SolverFailureError: If the solver breaks down before the first solution.
     """
-    best, excess, accurate = _attempt(lmi, form, balanced, target, solver)
+    best, error = _attempt(lmi, form, balanced, target, solver)
     if best[2] >= target:
-        if excess < (-1e-6 if accurate else 1e-3):
-            raise SolverFailureError(f"{solver.name} reports {excess:.3g} < 0 for what a check finds to be no solution")
-        raise InfeasibleError(excess)
+        raise error
     while best[2] - lower > TOLERANCE * (target - best[2]):
         middle = (best[2] + lower) / 2
         try:
-            found, *_ = _attempt(lmi, form, balanced, middle, solver)
+            found, _ = _attempt(lmi, form, balanced, middle, solver)
         except SolverFailureError:
             break  # what is in hand stays a solution
         best = min(best, found, key=lambda solution: solution[2])
@@ -135,15 +134,57 @@ def least_value(
 
 def _attempt(
     lmi: Lmi, form: Form, balanced: Balanced, mu: float, solver: Solver
-) -> tuple[tuple[Array, Array, float], float, bool]:
-    """P, tau and their value, computed anew; the smallest s for mu; and whether the solver was accurate."""
+) -> tuple[tuple[Array, Array, float], NotFoundError]:
+    """P, tau and their value, computed anew; and what to raise if that is not below mu."""
     cp = cvxpy()
     n, units = balanced.a.shape
     p, tau, s = cp.Variable((n, n), symmetric=True), cp.Variable(units), cp.Variable()
-    constraints = [p >> np.eye(n), p << LARGEST_P * np.eye(n), tau >= SMALLEST_MULTIPLIER, lmi(p, tau, mu, s) << 0]
-    accurate = solve(cp.Problem(cp.Minimize(s), constraints), solver)
+    error = _relax(lmi(p, tau, mu, s), balanced, p, [tau], s, solver)
     multipliers = np.maximum(tau.value, SMALLEST_MULTIPLIER)
-    return (p.value, multipliers, largest_eigenvalue(form, p.value, multipliers)), float(s.value), accurate
+    return (p.value, multipliers, largest_eigenvalue(form, p.value, multipliers)), error
+
+
+def _relax(
+    matrix: Any, balanced: Balanced, p: Any, multipliers: Sequence[Any], s: Any, solver: Solver
+) -> NotFoundError:
+    """Solve for the smallest s with matrix <= 0; what that means if it is not negative."""
+    cp = cvxpy()
+    identity, whole = np.eye(len(balanced.a0)), matrix << 0
+    sizes = [p >> identity, p << LARGEST * identity]
+    sizes += [bound for t in multipliers for bound in (t >= SMALLEST_MULTIPLIER, t <= LARGEST)]
+    solve(cp.Problem(cp.Minimize(s), [*sizes, whole]), solver)
+    bound = excess_bound(matrix, whole.dual_value, balanced, p, multipliers, s)
+    return InfeasibleError(bound) if bound > 0 else NotFoundError(float(s.value))
+
+
+def excess_bound(matrix: Any, dual: Array, balanced: Balanced, p: Any, multipliers: Sequence[Any], s: Any) -> float:
+    """A bound from below of s wherever matrix <= 0: a proof, by weak duality, whatever the solver was up to.
+
+    The matrix is linear in P, the multipliers t and s, so that <Z, matrix> = <G, P> + g t - c s for any Z. With Z >= 0
+    this is at most 0: s >= (<G, P> + g t) / c, which is least at the ends of what P and t are allowed to be.
+
+    Args:
+        matrix: The relaxed inequality, an expression of cvxpy whose variables have values.
+        dual: Z, of any quality; its part >= 0 is taken.
+        balanced: The system that the matrix is made of.
+        p: P, the variable, from I to `LARGEST` I.
+        multipliers: The variables t, from `SMALLEST_MULTIPLIER` to `LARGEST`.
+        s: The variable s.
+    """
+    values, vectors = np.linalg.eigh((dual + dual.T) / 2)
+    z = (vectors * np.maximum(values, 0.0)) @ vectors.T
+    gradient = cvxpy().sum(cvxpy().multiply(z, matrix)).grad
+    by_p, weight = gradient[p].toarray().reshape(p.shape), -gradient[s].item()
+    if not weight > 0:
+        return -np.inf
+    sizes = np.linalg.eigvalsh((by_p + by_p.T) / 2)
+    bound = np.minimum(sizes, LARGEST * sizes).sum()
+    for t in multipliers:
+        by_t = gradient[t].toarray().ravel()
+        bound += np.minimum(SMALLEST_MULTIPLIER * by_t, LARGEST * by_t).sum()
+    norms = [np.linalg.norm(part, 2) for part in (balanced.a0, balanced.a, balanced.w)]
+    rounding = 8 * len(z) * EPSILON * LARGEST * np.abs(z).sum() * (1 + max(norms)) ** 2
+    return float((bound - rounding) / weight)
 
 
 def least_gain(a0: Array, balanced: Balanced, integrals: bool, solver: Solver) -> tuple[Array, Array, Array, float]:
@@ -156,7 +197,7 @@ def least_gain(a0: Array, balanced: Balanced, integrals: bool, solver: Solver) -
         solver: The solver.
 
     Raises:
-        InfeasibleError: If there is none.
+        NotFoundError: If the solver finds none; an `InfeasibleError` if there is none.
         SolverFailureError: If the solver breaks down.
     """
     cp = cvxpy()
@@ -178,12 +219,8 @@ def least_gain(a0: Array, balanced: Balanced, integrals: bool, solver: Solver) -
     except SolverFailureError:
         if program.status not in (cp.INFEASIBLE, cp.INFEASIBLE_INACCURATE):
             raise
-        relaxed = cp.bmat([[first - s * identity, side], [side.T, block]]) << 0
-        sizes = [p >> identity, p << LARGEST_P * identity] + ([integral <= LARGEST_P] if integrals else [])
-        solve(cp.Problem(cp.Minimize(s), [relaxed, *sizes, *signs]), solver)
-        if s.value < 1e-3:
-            raise
-        raise InfeasibleError(float(s.value)) from None
+        relaxed = cp.bmat([[first - s * identity, side], [side.T, block]])
+        raise _relax(relaxed, balanced, p, [tau, integral] if integrals else [tau], s, solver) from None
     return p.value, np.maximum(integral.value, 0.0), np.maximum(tau.value, SMALLEST_MULTIPLIER), float(phi.value)
 
 

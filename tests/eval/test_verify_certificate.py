@@ -115,6 +115,7 @@ def test_knows_nothing_of_the_code_that_made_it():
         (("contraction", "t", 2), lambda entry: -entry, "contraction: t must not be negative"),
         (("contraction", "t", 2), lambda _: 0.0, "contraction: the inequality does not hold"),
         (("contraction", "rate"), lambda _: 0.0, "contraction: claims nothing"),
+        (("contraction", "margin"), lambda margin: margin + 0.1, "contraction: the margin is"),
         (("euler", "step"), lambda step: step / 2, "is for Euler steps of 0.03125, the head takes 0.0625"),
         (("system", "a0", 0, 0), lambda entry: entry - 1e-3, "a0 is not the checkpoint's"),
         (("system", "w", 1, 0, 0), lambda entry: entry + 1e-3, "w is not the checkpoint's"),

@@ -12,10 +12,10 @@ import torch
 
 from fm_policy.residual import inequalities, record
 from fm_policy.residual.certificate import Search, certify, contraction, euler, iss
-from fm_policy.residual.descent import STRUCTURES
+from fm_policy.residual.descent import STRUCTURES, balance
 from fm_policy.residual.matrices import Matrices
 from fm_policy.residual.record import Contraction, EulerContraction, InputToState, Refusal, region_radius
-from fm_policy.residual.semidefinite import Solver
+from fm_policy.residual.semidefinite import Solver, excess_bound, rate_lmi
 from fm_policy.residual.stability import contraction_rate, mu_2_bound, mu_inf_bound
 from fm_policy.residual.system import System
 from fm_policy.residual.theorem3 import paper_condition
@@ -193,8 +193,7 @@ def test_unstable_a0_is_infeasible(dominant, method):
 def test_infeasible_though_every_jacobian_is_stable():
     """The program itself says no, and by how much; descent may only say that it found nothing."""
     # With the slopes s the Jacobian is [[-1, -6 s2], [6 s1, -1]]: stable for all of them, not for switches among them.
-    a, w = np.array([[0.0, 6.0], [6.0, 0.0]]), np.array([[1.0, 0.0], [0.0, -1.0]])
-    system = System(-np.eye(2), (a,), (w,), (np.zeros(2),), (np.ones(2),))
+    system = switched(6.0)
     for ask in (contraction, lambda s, search: euler(s, 0.01, search)):
         no = ask(system, Search("semidefinite"))
         assert (no.reason, no.method) == ("infeasible", "semidefinite")
@@ -202,6 +201,58 @@ def test_infeasible_though_every_jacobian_is_stable():
         unknown = ask(system, Search("full"))
         assert (unknown.reason, unknown.method) == ("undecided", "full")
         assert unknown.amount >= 0
+
+
+def switched(gain: float) -> System:
+    """Of the Jacobian [[-1, -gain s2], [gain s1, -1]]; with P = I optimal, it contracts if and only if gain < 2."""
+    a, w = np.array([[0.0, gain], [gain, 0.0]]), np.array([[1.0, 0.0], [0.0, -1.0]])
+    return System(-np.eye(2), (a,), (w,), (np.zeros(2),), (np.ones(2),))
+
+
+def test_infeasible_is_said_where_it_is_proven_only():
+    """On both sides of the border, and so near to it that a solver's tolerance decides: then it was not found."""
+    assert isinstance(contraction(switched(1.999)), Contraction)
+    no = contraction(switched(2.001))
+    assert no.reason == "infeasible"
+    assert 0.0009 < no.amount <= 0.001 * (1 + 1e-6)
+    for gain in (2 - 1e-11, 2 + 1e-11):
+        near = contraction(switched(gain))
+        assert near.reason == "undecided"
+        assert "no proof that there is none" in near.condition
+
+
+def test_no_multiplier_of_any_quality_proves_a_falsehood():
+    """Weak duality: -1 is reached with P = I, so that no Z may say more; for the optimal Z, see the amount above."""
+    cp, balanced = pytest.importorskip("cvxpy"), balance(switched(1.0), np.zeros(2))
+    p, tau, s = cp.Variable((2, 2), symmetric=True), cp.Variable(2), cp.Variable()
+    p.value, tau.value, s.value = np.eye(2), np.ones(2), 0.0
+    matrix = rate_lmi(balanced)(p, tau, 0.0, s)
+    rng = np.random.default_rng(9)
+    for _ in range(50):
+        z = rng.normal(size=(4, 4))
+        assert excess_bound(matrix, z @ z.T * 10 ** rng.uniform(-6, 6), balanced, p, [tau], s) <= -1 + 1e-9
+    assert excess_bound(matrix, -np.eye(4), balanced, p, [tau], s) == -np.inf
+
+
+def test_eigenvalues_that_rounding_moved_prove_nothing():
+    """A turned Jordan block of -0.01 is Hurwitz; what is computed of it has eigenvalues far to the right of 0."""
+    n = 20
+    turn = np.linalg.qr(np.random.default_rng(0).normal(size=(n, n)))[0]
+    system = System(turn @ (np.eye(n, k=1) - 0.01 * np.eye(n)) @ turn.T, (), (), (), ())
+    assert np.linalg.eigvals(system.a0).real.max() > 0.05
+    for answer in (contraction(system), iss(system)):
+        assert answer.reason == "undecided"
+        assert "which rounding may have moved by" in answer.condition
+
+
+def test_constants_of_an_ill_conditioned_p_are_rounded_to_the_safe_side():
+    p = np.diag([1.0, 1e12])
+    proven = InputToState(p, np.zeros(0), np.zeros(0), 1.0, "by hand")
+    numbers = proven.derived(System(-np.eye(2), (), (), (), ()))
+    assert 0.99 < numbers["c1"] < 1
+    assert 1e12 < numbers["c2"] < 1.01e12
+    assert numbers["gain"] > 1e6
+    assert region_radius(p, 1.0, 0.0) < 1e-6
 
 
 def test_certifies_where_the_cheap_tests_fail(sheared):
@@ -307,7 +358,8 @@ def test_linear_system_contracts_at_its_slowest_eigenvalue():
     system = System(np.array([[-1.0, 5.0], [0.0, -2.0]]), (), (), (), ())
     assert contraction(system).rate == pytest.approx(1.0, rel=0.01)
     assert euler(system, 0.1).factor == pytest.approx(0.9, rel=0.01)
-    assert 1.0 <= iss(system).phi < 40
+    phi = iss(system).phi
+    assert phi >= 1.0 and phi < 40
 
 
 def test_condition_8_of_the_paper_has_no_solution_for_generic_matrices():
@@ -339,9 +391,9 @@ def test_method_by_size():
     def sized(n: int, k: int) -> System:
         return System(-np.eye(n), (np.zeros((n, k)),), (np.zeros((k, n)),), (np.zeros(k),), (np.ones(k),))
 
-    sizes = {(6, 16): "semidefinite", (2, 128): "full", (20, 128): "full", (144, 128): "diagonal"}
-    assert {size: Search().method_for(sized(*size)) for size in sizes} == sizes
-    assert Search("identity").method_for(sized(6, 16)) == "identity"
+    sizes = {(6, 16): ("semidefinite",), (2, 128): ("full",), (20, 128): ("full",), (320, 128): ("diagonal",)}
+    assert {size: Search().methods_for(sized(*size)) for size in sizes} == sizes
+    assert Search("identity").methods_for(sized(6, 16)) == ("identity",)
     with pytest.raises(ValueError, match="method must be one of .*'semidefinite'.* got 'sdp'"):
         Search("sdp")
 
@@ -357,6 +409,20 @@ def test_flattened_chunks_of_a_large_head_are_certified():
     assert proven.method == "diagonal"
     assert proven.rate >= 0.0199
     assert proven.upper_bound(system) < 0
+
+
+def test_a_full_p_is_tried_where_a_diagonal_one_decides_nothing():
+    """Turned, x' = [[-1, 8], [0, -1]] x needs an ellipse that no diagonal P has; the rest of n = 42 decays at once."""
+    a0 = -np.eye(42)
+    turn = np.array([[1.0, -1.0], [1.0, 1.0]]) / np.sqrt(2)
+    a0[:2, :2] = turn @ np.array([[-1.0, 8.0], [0.0, -1.0]]) @ turn.T
+    system = System(a0, (), (), (), ())
+    assert Search().methods_for(system) == ("diagonal", "full")
+    assert contraction(system, Search("diagonal")).reason == "undecided"
+    proven = contraction(system)
+    assert proven.method == "full"
+    assert 0.9 < proven.rate < 1  # 1 is what an ellipse of infinite length would reach
+    assert np.linalg.cond(proven.p) <= 1e8 * (1 + 1e-6)
 
 
 def test_step_is_checked(dominant):
