@@ -12,7 +12,6 @@ import math
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Self
 
 import torch
@@ -22,25 +21,22 @@ from lerobot.utils.constants import ACTION
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fm_policy import contract, model_card, stages, window_store
+from fm_policy import contract, held_out, model_card, stages, window_store
 from fm_policy.configuration_fm_ft import FlowMatchingConfig
 from fm_policy.ema import ema_decay, ema_update
 from fm_policy.flow.coupling import independent, inverse, nearest
-from fm_policy.flow.diagnostics import StepGradients, mode_changes, spread
+from fm_policy.flow.diagnostics import StepGradients
 from fm_policy.flow.losses import Reduction, cfm_loss, gaussian_nll, masked_mse
 from fm_policy.flow.noise import sample_noise
-from fm_policy.flow.solvers import CountedVelocity, Velocity, integrate
+from fm_policy.flow.solvers import CountedVelocity
 from fm_policy.net import FlowMatchingNet
 from fm_policy.repeatable import repeatable
 from fm_policy.residual.control_synth import ControlSynth
-from fm_policy.residual.stability import PENALTIES, balanced_multipliers, contraction_rate
+from fm_policy.residual.stability import PENALTIES
 
 # A learned variance must follow the error, which falls within hundreds of steps; in the net's steps of 5e-6 it stood.
 VARIANCE_LR = 1e-2
 INITIAL_SIGMA = 0.1
-
-# Held-out spread and changes of mode: as many solves as a batch of 128, of enough noises to tell two modes.
-SPREAD_NOISES, SPREAD_ROWS = 8, 16
 HELD_OUT_KEY = (0, 0)
 
 
@@ -75,8 +71,7 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         self.nfe = config.nfe or 0
         if config.window_store and dataset_meta is not None:
             window_store.attach(window_store.open_store(dataset_meta, config.observation_window, config.action_window))
-        self._held_out_rows: list[dict[str, float]] = []
-        self._held_out_means: dict[str, float] = {}
+        self._held_out = held_out.HeldOutMeans()
         self._gradients: StepGradients | None = None
         self.reset()
 
@@ -142,7 +137,7 @@ class FlowMatchingPolicy(PreTrainedPolicy):
             The loss, and what to log: `cfm_loss` where it is part of the loss; in stage `finetune`
             `reconstruction_error`, the mean squared error of the chunks that the solver makes, and `grad_step_<n>`,
             the norms of the last step's gradient with respect to the velocities of solver step n; in evaluation mode
-            the numbers of `held_out`. LeRobot discards these, so the training steps that follow log their means.
+            the numbers of `held_out.measure`. LeRobot discards these: the training steps that follow log their means.
 
         Raises:
             ValueError: If the windows do not have the shapes above.
@@ -153,10 +148,10 @@ class FlowMatchingPolicy(PreTrainedPolicy):
             stage_loss = self._cfm if self.config.stage == "pretrain" else self._likelihood
             loss, logs = stage_loss(batch, o, reduction)
             if not self.training:
-                held_out = self.held_out(batch, o)
-                self._held_out_rows.append(held_out)
-                return loss, logs | held_out
-        return loss, logs | self._last_held_out()
+                measured = held_out.measure(self.config, self.active_net, getattr(self, "base_net", None), batch, o)
+                self._held_out.add(measured)
+                return loss, logs | measured
+        return loss, logs | self._held_out.logs()
 
     def _encode(self, batch: dict[str, Tensor]) -> Tensor:
         with nullcontext() if self.config.trains_encoder else torch.no_grad():
@@ -174,7 +169,7 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         x0 = self._pair(batch, o)
         logs = {} if self._gradients is None else self._gradients.logs()
         self._gradients = StepGradients(self.active_net.velocity.bind(o), config.num_solver_steps)
-        chunk = self._chunk(x0, o, v=self._gradients)
+        chunk = self.active_net.chunk(config, x0, o, self._gradients)
         loss = error = masked_mse(chunk, x1, is_pad, reduction)
         logs["reconstruction_error"] = error.mean().item()
         if config.variance != "scalar":
@@ -195,7 +190,7 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         if self.config.coupling == "nearest":
             k = self.config.nearest_k
             several = o.detach().repeat(k, 1)
-            return nearest(x1, k, lambda x0: self._chunk(x0, several), is_pad)
+            return nearest(x1, k, lambda x0: self.active_net.chunk(self.config, x0, several), is_pad)
         if self.config.coupling == "inverse":
             return inverse(x1, self._base().velocity.bind(self._base_features(batch)))
         return independent(x1)
@@ -226,39 +221,7 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         x1 = batch[ACTION]
         noise = independent(x1) if noise is None else noise
         contract.check_noise(noise, tuple(x1.shape))
-        return self._chunk(noise.to(x1), self._encode(batch))
-
-    @torch.no_grad()
-    def held_out(self, batch: dict[str, Tensor], o: Tensor) -> dict[str, float]:
-        """What the policy does on data that it does not learn from.
-
-        Returns:
-            `reconstruction_error` on independent pairs, `spread` of the chunks of one observation, and, where the
-            base is at hand, `mode_changes`, the share of chunks that go to another mode than the base's from the
-            same noise; the latter two of `SPREAD_NOISES` noises for the first `SPREAD_ROWS` rows. Of a head
-            `certified_rate`, the rate of contraction that balanced multipliers prove; negative: none.
-        """
-        x1, is_pad = batch[ACTION], batch.get(f"{ACTION}_is_pad")
-        logs = {"reconstruction_error": masked_mse(self._chunk(independent(x1), o), x1, is_pad).item()}
-        rows = {name: value[:SPREAD_ROWS] for name, value in batch.items() if isinstance(value, Tensor)}
-        x0 = independent(x1[:SPREAD_ROWS].repeat(SPREAD_NOISES, 1, 1))
-        shape = (SPREAD_NOISES, -1, *x1.shape[1:])
-        samples = self._chunk(x0, o[:SPREAD_ROWS].repeat(SPREAD_NOISES, 1)).view(shape)
-        logs["spread"] = spread(samples).mean().item()
-        if hasattr(self, "base_net"):
-            before = self._chunk(x0, self._base_features(rows).repeat(SPREAD_NOISES, 1), self.base_net).view(shape)
-            logs["mode_changes"] = mode_changes(before, samples).float().mean().item()
-        if isinstance(self.active_net.head, ControlSynth):
-            matrices = self.active_net.head.matrices()
-            logs["certified_rate"] = contraction_rate(matrices, balanced_multipliers(matrices)).item()
-        return logs
-
-    def _last_held_out(self) -> dict[str, float]:
-        """Means of the last held-out evaluation, until the next one: LeRobot's meters show a 0 for what is missing."""
-        if self._held_out_rows:
-            rows, self._held_out_rows = self._held_out_rows, []
-            self._held_out_means = {f"held_out_{name}": fmean(row[name] for row in rows) for name in rows[0]}
-        return self._held_out_means
+        return self.active_net.chunk(self.config, noise.to(x1), self._encode(batch))
 
     def _repeatable(self) -> AbstractContextManager[None]:
         """Randomness by `--seed` and step in training; otherwise one draw for ever, so that weights are compared."""
@@ -332,27 +295,9 @@ class FlowMatchingPolicy(PreTrainedPolicy):
             noise = sample_noise(shape, generator, device=o.device, dtype=o.dtype)
         contract.check_noise(noise, shape)
         v = CountedVelocity(self.active_net.velocity.bind(o))
-        chunk = self._chunk(noise.to(o), o, v=v)
+        chunk = self.active_net.chunk(self.config, noise.to(o), o, v)
         self.nfe = v.calls
         return chunk[:, self.config.n_obs_steps - 1 :]
-
-    def _chunk(self, x0: Tensor, o: Tensor, net: FlowMatchingNet | None = None, v: Velocity | None = None) -> Tensor:
-        """The map of the robot: from noise on the configured grid to t = 1, and through the head to 1 + T_r.
-
-        Args:
-            x0: Noise, `(B, horizon, action_dim)`.
-            o: Observation features, `(B, obs_dim)`.
-            net: The net, if not the active one.
-            v: Its velocity for o, if somebody listens to it.
-        """
-        config, net = self.config, net or self.active_net
-        checkpoint = config.checkpoint_solver and self.training
-        with nullcontext() if config.trains_flow else torch.no_grad():
-            v = net.velocity.bind(o) if v is None else v
-            x1 = integrate(v, x0, config.solver, config.num_solver_steps, checkpoint=checkpoint)
-        if net.head is None:
-            return x1
-        return integrate(net.head.bind(o), x1, "euler", config.head_steps, start=1.0, end=1.0 + config.head_span)
 
     @property
     def _action_dim(self) -> int:

@@ -1,9 +1,13 @@
 """Everything that is trained: observation encoder, velocity net and head, made from a configuration."""
 
-from torch import nn
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
 
 from fm_policy.configuration_fm_ft import FlowMatchingConfig
 from fm_policy.encoders import ObservationEncoder
+from fm_policy.flow.solvers import Velocity, integrate
 from fm_policy.residual.control_synth import ControlSynth
 from fm_policy.residual.unet import ResidualUnet
 from fm_policy.velocity import Transformer, Unet1d, VelocityNet
@@ -30,6 +34,26 @@ class FlowMatchingNet(nn.Module):
         )
         self.velocity = _make_velocity_net(config, self.encoder.output_dim)
         self.head = _make_head(config, self.encoder.output_dim)
+
+    def chunk(self, config: FlowMatchingConfig, x0: Tensor, o: Tensor, v: Velocity | None = None) -> Tensor:
+        """The map of the robot: from noise on the configured grid to t = 1, and through the head to 1 + T_r.
+
+        Args:
+            config: Names the grid, and whether its flow is trained; handed in, since evaluations change the grid.
+            x0: Noise, `(B, horizon, action_dim)`.
+            o: Observation features, `(B, obs_dim)`.
+            v: The velocity for o, if somebody listens to it.
+
+        Returns:
+            Normalised chunks, `(B, horizon, action_dim)`.
+        """
+        checkpoint = config.checkpoint_solver and self.training
+        with nullcontext() if config.trains_flow else torch.no_grad():
+            v = self.velocity.bind(o) if v is None else v
+            x1 = integrate(v, x0, config.solver, config.num_solver_steps, checkpoint=checkpoint)
+        if self.head is None:
+            return x1
+        return integrate(self.head.bind(o), x1, "euler", config.head_steps, start=1.0, end=1.0 + config.head_span)
 
 
 def _make_velocity_net(config: FlowMatchingConfig, obs_dim: int) -> VelocityNet:

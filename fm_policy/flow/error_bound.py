@@ -11,6 +11,8 @@ Then, by (B.3), the error ε_n = ψ_{t_n} - φ_n obeys the recursion of which th
 
     |ε_{n+1}| <= (1 + L τ_n) |ε_n| + δ τ_n + M τ_n² / 2.
 
+In it L need hold at t_n only, and M within the step: `recursion_bound` takes them step by step.
+
 This is analysis, not a monitor: on real data u is unknown, and with it L, M and δ. And δ is the largest error of the
 marginal field, not the conditional flow-matching loss (3), which is a mean and contains the variance of x1 - x0 given
 the point of the path, which no field removes.
@@ -56,9 +58,7 @@ def any_grid_bound(
     #     (1 / L + s) (1 - e^{-L T}) - T <= s (1 - e^{-L T}).
     rate, bend, field_error = _sizes(lipschitz=lipschitz, curvature=curvature, delta=delta)
     (start_error,) = _sizes(initial=initial)
-    tau = torch.as_tensor(steps, dtype=torch.float64)
-    if tau.ndim == 0 or tau.shape[-1] == 0 or not bool((tau.isfinite() & (tau > 0)).all()):
-        raise ValueError(f"steps must be one or more step sizes, all finite and positive, got {steps}")
+    tau = _steps(steps)
     added = field_error * tau.sum(-1) + bend / 2 * tau.square().sum(-1)
     last_start, end = tau[..., :-1].sum(-1), tau.sum(-1)  # t_{N-1} and t_N
     return _amplified(added, (rate * last_start).exp()) + _amplified(start_error, (rate * end).exp())
@@ -100,6 +100,32 @@ def uniform_grid_bound_exponential(lipschitz: Number, curvature: Number, delta: 
     return _amplified(field_error + bend / (2 * n), torch.expm1(rate) / rate)
 
 
+def recursion_bound(lipschitz: Number, curvature: Number, delta: Number, steps: Sequence[float] | Tensor) -> Tensor:
+    """(B.3) with equality, from ε_0 = 0: the least bound where L, M and δ may differ from step to step.
+
+    With the same L, M and δ in all of N equal steps it is `uniform_grid_bound`.
+
+    Args:
+        lipschitz: L >= 0 of u(t_n, .) at each step, `(..., N)`, or one for all.
+        curvature: M >= 0 within each step, the same.
+        delta: δ >= 0 at each step, the same.
+        steps: τ_j > 0, `(..., N)`.
+
+    Returns:
+        The bound on |ε_N|, in double precision, `(...)`.
+
+    Raises:
+        ValueError: As `any_grid_bound`.
+    """
+    sizes = _sizes(lipschitz=lipschitz, curvature=curvature, delta=delta)
+    rates, bends, field_errors, tau = torch.broadcast_tensors(*sizes, _steps(steps))
+    error = torch.zeros_like(tau[..., 0])
+    for n in range(tau.shape[-1]):
+        h = tau[..., n]
+        error = _amplified(error, 1 + rates[..., n] * h) + field_errors[..., n] * h + bends[..., n] / 2 * h**2
+    return error
+
+
 def _amplified(size: Tensor, factor: Tensor) -> Tensor:
     # A factor may overflow to infinity, which is a bound still, while infinity times 0 is none.
     return torch.where(size == 0, 0.0, size * factor)
@@ -113,6 +139,13 @@ def _sizes(**numbers: Number) -> list[Tensor]:
             raise ValueError(f"{name} must be finite and at least 0, got {number}")
         tensors.append(tensor)
     return tensors
+
+
+def _steps(steps: Sequence[float] | Tensor) -> Tensor:
+    tau = torch.as_tensor(steps, dtype=torch.float64)
+    if tau.ndim == 0 or tau.shape[-1] == 0 or not bool((tau.isfinite() & (tau > 0)).all()):
+        raise ValueError(f"steps must be one or more step sizes, all finite and positive, got {steps}")
+    return tau
 
 
 def _whole(num_steps: int) -> int:

@@ -67,7 +67,7 @@ class HeldOutWindows:
             progress: Counts the windows.
         """
         chunks, actions, padding, episodes = [], [], [], []
-        for batch, noise in zip(self._batches(), self.noise.split(self._batch_size, dim=1), strict=True):
+        for batch, noise in zip(self.batches(), self.noise.split(self._batch_size, dim=1), strict=True):
             windows = checkpoint.preprocessor(batch)
             chunks.append(torch.stack([checkpoint.policy.reconstruct(windows, x0) for x0 in noise]).cpu())
             actions.append(windows[ACTION].cpu())
@@ -78,7 +78,7 @@ class HeldOutWindows:
         owned = [episode == index for index in episode.unique()]
         return np.array([[masked_mse(x1[own], action[own], is_pad[own]).item() for x1 in chunk] for own in owned])
 
-    def _batches(self) -> Iterator[dict[str, Any]]:
+    def batches(self) -> Iterator[dict[str, Any]]:
         """As LeRobot's trainer loads them for its `eval_loss`."""
         meta = self._dataset.meta
         collate = lerobot_collate_fn if meta.has_language_columns else None

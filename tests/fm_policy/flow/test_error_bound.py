@@ -10,7 +10,7 @@ import torch
 from fm_policy.flow.error_bound import any_grid_bound, uniform_grid_bound, uniform_grid_bound_exponential
 from fm_policy.flow.solvers import integrate
 
-PROGRAM = runpy.run_path(str(Path(__file__).resolve().parents[3] / "eval" / "error_bound.py"))
+PROGRAM = runpy.run_path(str(Path(__file__).resolve().parents[3] / "eval" / "known_flows.py"))
 LinearFields = PROGRAM["LinearFields"]
 ROUNDING = 1 + 1e-12
 
