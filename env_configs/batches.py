@@ -1,11 +1,33 @@
-"""Batches of environments that LeRobot counts exactly, in this process or with one process each."""
+"""Environments that LeRobot counts exactly, one or a batch of them, in this process or with one process each."""
 
 import multiprocessing
 from collections.abc import Callable
 
 import gymnasium as gym
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from lerobot.envs.configs import EnvConfig
 from lerobot.envs.utils import freeze_after_episode_end
+
+
+class BatchedEnvConfig(EnvConfig):
+    """A configuration whose environments are made one by one or in batches, of gymnasium's `gym_id`."""
+
+    def make(self) -> gym.Env:
+        """One environment, not vectorised.
+
+        Raises:
+            ModuleNotFoundError: the simulator is not installed.
+        """
+        return gym.make(self.gym_id, disable_env_checker=self.disable_env_checker, **self.gym_kwargs)
+
+    def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict[str, dict[int, VectorEnv]]:
+        """A batch of `n_envs` environments as LeRobot wants it: suite -> task -> batch.
+
+        Raises:
+            ValueError: `n_envs` is below 1.
+            ModuleNotFoundError: the simulator is not installed.
+        """
+        return {self.type: {0: make_batch(self.make, n_envs, use_async_envs)}}
 
 
 def make_batch(make: Callable[[], gym.Env], n_envs: int, use_async_envs: bool) -> VectorEnv:

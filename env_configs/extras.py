@@ -2,6 +2,14 @@
 
 DISTRIBUTION = "lerobot_policy_fm_ft"
 
+_ROBOSUITE = ("robosuite", "mujoco")
+SIMULATORS = {
+    "fm_pusht": ("gym-pusht", "pymunk", "shapely"),
+    "fm_kitchen": ("gymnasium-robotics", "mujoco"),
+    **dict.fromkeys(("fm_lift", "fm_handover", "fm_transport"), _ROBOSUITE),
+}
+"""Type of environment -> the distributions whose versions decide how its episodes go."""
+
 
 def install_command(extra: str) -> str:
     """The command that installs an extra of this project, in a checkout or beside other packages."""

@@ -14,13 +14,12 @@ from typing import Any, ClassVar
 import gymnasium as gym
 import numpy as np
 from gymnasium.utils import seeding
-from gymnasium.vector import VectorEnv
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.envs.configs import EnvConfig
 from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_IMAGE, OBS_STATE
 from numpy.typing import NDArray
 
-from env_configs.batches import make_batch
+from env_configs.batches import BatchedEnvConfig
 from env_configs.extras import not_installed
 from env_configs.pusht_geometry import BOARD, coverage
 
@@ -161,7 +160,7 @@ class PushT(gym.Wrapper):
 
 @EnvConfig.register_subclass("fm_pusht")
 @dataclass
-class FmPushtEnv(EnvConfig):
+class FmPushtEnv(BatchedEnvConfig):
     """Push-T for LeRobot: `--env.type=fm_pusht`.
 
     Attributes:
@@ -236,16 +235,3 @@ class FmPushtEnv(EnvConfig):
             "agent_range": tuple(self.agent_range),
             "render_size": self.render_size,
         }
-
-    def make(self) -> gym.Env:
-        """One environment, not vectorised."""
-        return gym.make(self.gym_id, disable_env_checker=self.disable_env_checker, **self.gym_kwargs)
-
-    def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict[str, dict[int, VectorEnv]]:
-        """A batch of `n_envs` environments as LeRobot wants it: suite -> task -> batch.
-
-        Raises:
-            ValueError: `n_envs` is below 1.
-            ModuleNotFoundError: gym-pusht is not installed.
-        """
-        return {self.type: {0: make_batch(self.make, n_envs, use_async_envs)}}

@@ -2,6 +2,7 @@
 
     lerobot train policy=fm_ft env=pusht [obs=image] [net=transformer] [any LeRobot flag]
     lerobot train policy=fm_ft env=pusht [obs=image] stage=finetune --policy.path=DIR [any LeRobot flag]
+    lerobot train policy=fm_ft env=kitchen|lift|handover|transport [stage=finetune|residual ...] [any LeRobot flag]
     lerobot eval --policy.path=DIR --env.type=fm_pusht
 
 The words of `train` choose a recipe and the data. The full `lerobot-train` command that they stand for is
@@ -100,10 +101,12 @@ def _expand_train(words: Sequence[str]) -> list[str]:
     if {"-h", "--help"} & set(flags):
         return ["lerobot-train", f"--config_path={recipe}", *flags]
     features = _features(key, recipe, flags)
-    _check_simulator(key.env, flags)
+    every = _evaluates_every(recipe, flags)
+    if every != "0":
+        _check_simulator(key.env)
     _hush_torchcodec()
     data = choose_data(key, features, flags)
-    command = ["lerobot-train", f"--config_path={recipe}", *data, *_closing_evaluation(flags), *flags]
+    command = ["lerobot-train", f"--config_path={recipe}", *data, *_closing_evaluation(every, flags), *flags]
     print(shlex.join(command), flush=True)
     return command
 
@@ -154,14 +157,19 @@ def _features(key: recipes.RecipeKey, recipe: Path, flags: Sequence[str]) -> Col
     return json.loads(recipe.read_text())["policy"]["input_features"].keys()
 
 
-def _check_simulator(env: str, flags: Sequence[str]) -> None:
+def _evaluates_every(recipe: Path, flags: Sequence[str]) -> str:
+    """After how many steps LeRobot evaluates, and films, the policy; "0": never, as for the tasks of MuJoCo."""
+    return value_of(flags, "env_eval_freq") or str(json.loads(recipe.read_text())["env_eval_freq"])
+
+
+def _check_simulator(env: str) -> None:
     """Refuse now what would otherwise fail after the last step of training, in the closing evaluation."""
     from env_configs.doctor import EXTRAS, missing
     from env_configs.extras import install_command
 
     extra = EXTRAS[env]
     lacking = ", ".join(missing(extra))
-    if lacking and value_of(flags, "env_eval_freq") != "0":
+    if lacking:
         raise UsageError(
             f"the closing evaluation needs the simulator, but {lacking}: {install_command(extra)}; "
             "or train without it: --env_eval_freq=0"
@@ -173,10 +181,10 @@ def _hush_torchcodec() -> None:
     logging.getLogger("lerobot.utils.import_utils").setLevel(logging.ERROR)
 
 
-def _closing_evaluation(flags: Sequence[str]) -> list[str]:
+def _closing_evaluation(every: str, flags: Sequence[str]) -> list[str]:
     """Keep the recipe's one evaluation at the end where the flags change the number of steps."""
     steps = value_of(flags, "steps")
-    if steps is None or value_of(flags, "env_eval_freq") is not None:
+    if steps is None or every == "0" or value_of(flags, "env_eval_freq") is not None:
         return []
     return [f"--env_eval_freq={steps}"]
 

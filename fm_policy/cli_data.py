@@ -12,7 +12,14 @@ from fm_policy import recipes
 from fm_policy.cli_usage import UsageError, value_of
 
 # Where the folder FM_DATA keeps the human demonstrations of each task.
-HUMAN_DEMOS = {"pusht": "pusht/pusht_cchi_v7_replay.zarr.zip"}
+HUMAN_DEMOS = {
+    "pusht": "pusht/pusht_cchi_v7_replay.zarr.zip",
+    "kitchen": "kitchen/kitchen_complete_v2.zarr.zip",
+    "lift": "robomimic/lift_ph_10demos_low_dim.hdf5",
+    "handover": "robomimic/two_arm_handover_7demos.hdf5",
+    "transport": "robomimic/transport_ph_low_dim.hdf5",
+}
+SHIPPED_DEMOS = ("pusht",)
 
 
 def choose_data(key: recipes.RecipeKey, features: Collection[str] | None, flags: Sequence[str]) -> list[str]:
@@ -31,7 +38,7 @@ def choose_data(key: recipes.RecipeKey, features: Collection[str] | None, flags:
         if named is not None:
             print(f"Data: {named}, as --{flag} says.", flush=True)
             return []
-    root, why = _human_demos(key) or _shipped_demos()
+    root, why = _human_demos(key) or _shipped_demos(key.env)
     print(f"Data: {root}, {why}.", flush=True)
     _check_features(root, features or ())
     return [f"--dataset.repo_id=local/{root.name}", f"--dataset.root={root}"]
@@ -49,11 +56,16 @@ def _human_source(env: str) -> Path | None:
     return Path(folder).absolute() / HUMAN_DEMOS[env] if folder and env in HUMAN_DEMOS else None
 
 
-def _shipped_demos() -> tuple[Path, str]:
+def _shipped_demos(env: str) -> tuple[Path, str]:
     from fm_policy.assets import default_demos
 
     folder = os.environ.get("FM_DATA")
     reason = f"FM_DATA={folder} holds none of this task" if folder else "FM_DATA is not set"
+    if env not in SHIPPED_DEMOS:
+        raise UsageError(
+            f"no demonstrations of {env} ship with fm_policy, and {reason}: set FM_DATA to a folder that holds "
+            f"{HUMAN_DEMOS[env]}, or name a data set by --dataset.repo_id=... (python -m env_configs.demos {env} -h)"
+        )
     return default_demos(), f"the demonstrations shipped with fm_policy; for human ones, {reason}"
 
 
@@ -76,9 +88,12 @@ def _convert_once(source: Path, key: recipes.RecipeKey) -> Path:
 
 
 def _convert(source: Path, root: Path, key: recipes.RecipeKey) -> None:
+    from env_configs.demos.__main__ import READERS
     from env_configs.demos.__main__ import main as convert
 
-    arguments = [key.env, f"--source={source}", f"--root={root}", f"--obs={key.obs}"]
+    arguments = [key.env, f"--source={source}", f"--root={root}"]
+    if "obs" in READERS[key.env].options:
+        arguments.append(f"--obs={key.obs}")
     print(shlex.join(["python", "-m", "env_configs.demos", *arguments]), flush=True)
     if convert(arguments) != 0:
         raise UsageError(f"{source} could not be converted; name another data set by --dataset.root=...")

@@ -9,28 +9,30 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from env_configs.demos.stores import Shape, StoreError, check_finite, check_kind, show_shape
 from env_configs.extras import not_installed
 
 if TYPE_CHECKING:
     import zarr
 
 
-class StoreError(ValueError):
-    """A store of demonstrations that cannot be used; the message names it and what was expected."""
-
-
 @contextmanager
-def open_store(source: Path) -> "Iterator[zarr.Group]":
+def open_store(source: Path, extra: str = "pusht") -> "Iterator[zarr.Group]":
     """Opens a zarr store for reading: a folder, or all of its files in a zip.
+
+    Args:
+        source: the store.
+        extra: the extra of this project that installs zarr for the task.
 
     Raises:
         StoreError: `source` is absent, or neither of the two.
+        ModuleNotFoundError: zarr is not installed.
     """
     try:
         import zarr
         from zarr.storage import LocalStore, ZipStore
     except ModuleNotFoundError as error:
-        raise not_installed(error, "pusht") from error
+        raise not_installed(error, extra) from error
     source = Path(source)
     if not source.exists():
         raise StoreError(f"{source} does not exist; expected a zarr store, a folder or a zip file")
@@ -45,7 +47,7 @@ def open_store(source: Path) -> "Iterator[zarr.Group]":
         store.close()
 
 
-def find_array(group: "zarr.Group", name: str, shape: tuple[int | None, ...]) -> "zarr.Array":
+def find_array(group: "zarr.Group", name: str, shape: Shape) -> "zarr.Array":
     """The array `name`, not read yet, whose shape fits; None in `shape` stands for any length.
 
     Raises:
@@ -56,14 +58,8 @@ def find_array(group: "zarr.Group", name: str, shape: tuple[int | None, ...]) ->
 
     array = group.get(name)
     if not isinstance(array, zarr.Array):
-        raise StoreError(f"{group.store} has no array '{name}' of shape {_show(shape)}")
-    fits = len(array.shape) == len(shape) and all(
-        want in (None, have) for have, want in zip(array.shape, shape, strict=True)
-    )
-    if not fits or array.dtype.kind not in "fiu":
-        raise StoreError(
-            f"{group.store}: '{name}' is {array.dtype}{array.shape}, expected numbers of shape {_show(shape)}"
-        )
+        raise StoreError(f"{group.store} has no array '{name}' of shape {show_shape(shape)}")
+    check_kind(f"{group.store}: '{name}'", array.dtype, array.shape, shape)
     if array.nchunks_initialized != array.nchunks:
         raise StoreError(
             f"{group.store}: '{name}' is incomplete, {array.nchunks_initialized} of {array.nchunks} chunks"
@@ -82,8 +78,7 @@ def read(array: "zarr.Array", start: int = 0, stop: int | None = None) -> NDArra
         values = np.asarray(array[start:stop])
     except (RuntimeError, ValueError, OSError, zipfile.BadZipFile) as error:
         raise StoreError(f"{name} is damaged, its chunks cannot be read ({error})") from error
-    if not np.isfinite(values).all():
-        raise StoreError(f"{name} holds NaN or Inf")
+    check_finite(name, values)
     return values
 
 
@@ -101,10 +96,6 @@ def read_ends(group: "zarr.Group", frames: int) -> NDArray[np.int64]:
             f"to {frames}, the number of frames; it is {_brief(ends)}"
         )
     return ends.astype(np.int64)
-
-
-def _show(shape: tuple[int | None, ...]) -> str:
-    return "(" + ", ".join("N" if size is None else str(size) for size in shape) + ")"
 
 
 def _brief(values: NDArray) -> str:

@@ -35,8 +35,8 @@ def episode(env: gym.Env, seed: int, steps: int = 30) -> list[np.ndarray]:
 def test_default_starts_are_gym_pushts(seed):
     import gym_pusht  # noqa: F401  (registers its environments)
 
-    theirs, _ = gym.make("gym_pusht/PushT-v0", obs_type="environment_state_agent_pos").reset(seed=seed)
     ours, _ = FmPushtEnv().make().reset(seed=seed)
+    theirs, _ = gym.make("gym_pusht/PushT-v0", obs_type="environment_state_agent_pos").reset(seed=seed)
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
     assert set(ours) == set(theirs)
 

@@ -114,6 +114,12 @@ def test_the_closing_evaluation_stays_at_the_end(flags, expected):
     assert value(cli.expand([*SUGAR, *flags, *NAMED]), "env_eval_freq") == expected
 
 
+def test_a_task_that_is_slow_to_film_has_no_closing_evaluation_unless_asked_for():
+    words = ["train", "policy=fm_ft", "env=kitchen", "--steps=10", *NAMED]
+    assert value(cli.expand(words), "env_eval_freq") is None
+    assert value(cli.expand([*words, "--env_eval_freq=10"]), "env_eval_freq") == "10"
+
+
 def test_the_whole_command_is_printed(capsys):
     command = cli.expand([*SUGAR, "--job_name=two words", *NAMED])
     assert capsys.readouterr().out.splitlines()[-1].split(" ", 1)[0] == command[0]
@@ -144,7 +150,10 @@ def test_help_asks_for_no_data(flag, home, conversions, capsys):
         (["train", "env=pusht"], r"env=pusht lacks the word policy="),
         (["train", "policy=fm_ft"], r"policy=fm_ft lacks the word env="),
         (["train", "policy=act", "env=pusht"], r"unknown policy 'act' \(known: fm_ft; .*--policy\.type"),
-        (["train", "policy=fm_ft", "env=nope"], r"unknown env 'nope' \(known: pusht\)"),
+        (
+            ["train", "policy=fm_ft", "env=nope"],
+            r"unknown env 'nope' \(known: handover, kitchen, lift, pusht, transport\)",
+        ),
         ([*SUGAR, "obs=imgae"], r"unknown obs 'imgae', did you mean 'image'\? \(known: image, state\)"),
         ([*SUGAR, "net=mlp"], r"unknown net 'mlp' \(known: paper, transformer, unet\)"),
         (
@@ -166,7 +175,7 @@ def test_words_that_do_not_say_what_to_do_are_refused(words, message):
 def test_a_refusal_is_one_line_and_status_2(capsys):
     assert cli.main(["train", "policy=fm_ft", "env=nope"]) == 2
     captured = capsys.readouterr()
-    assert captured.err == "lerobot: unknown env 'nope' (known: pusht)\n"
+    assert captured.err == "lerobot: unknown env 'nope' (known: handover, kitchen, lift, pusht, transport)\n"
     assert captured.out == ""
 
 
@@ -224,6 +233,14 @@ def test_without_human_demonstrations_the_shipped_ones_serve(fm_data, home, tmp_
     assert reason in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("env", ["kitchen", "lift", "handover", "transport"])
+def test_a_task_without_demonstrations_says_which_are_wanted_and_where(env, home, tmp_path, monkeypatch):
+    for reason in ("FM_DATA is not set", f"FM_DATA={tmp_path} holds none of this task"):
+        with pytest.raises(cli.UsageError, match=f"{reason}: set FM_DATA to a folder that holds {HUMAN_DEMOS[env]}"):
+            cli.expand(["train", "policy=fm_ft", f"env={env}"])
+        monkeypatch.setenv("FM_DATA", str(tmp_path))
+
+
 def test_demonstrations_without_the_recipes_observations_are_refused(home, tmp_path, monkeypatch):
     write_card(tmp_path / "demos", ["observation.state", "action"])
     monkeypatch.setattr("fm_policy.assets.default_demos", lambda: tmp_path / "demos")
@@ -236,6 +253,10 @@ def test_a_missing_simulator_is_refused_before_the_training_and_not_after_it(mon
     with pytest.raises(cli.UsageError, match=r"the simulator of pusht is missing.*--env_eval_freq=0"):
         cli.expand([*SUGAR, *NAMED])
     assert cli.expand([*SUGAR, "--env_eval_freq=0", *NAMED])[0] == "lerobot-train"
+    lift = ["train", "policy=fm_ft", "env=lift", *NAMED]
+    assert cli.expand(lift)[0] == "lerobot-train"
+    with pytest.raises(cli.UsageError, match=r"the simulator of robosuite is missing"):
+        cli.expand([*lift, "--env_eval_freq=3000"])
 
 
 # A later stage
