@@ -10,6 +10,8 @@ from fm_policy.evaluation.report import nfe_text
 from fm_policy.evaluation.statistics import Interval, paired_difference, table, wins_and_losses
 
 KEPT = ("score", "score_interval", "success", "success_interval", "nfe")
+# Kept too; the oldest summaries lack them, and these are what held then.
+ADDED = {"head_nfe": 0, "observation_noise": 0.0}
 
 
 def read(folder: Path) -> tuple[dict[str, Any], list[Episode]]:
@@ -29,20 +31,26 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Episode]]:
 
 
 def kept(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of an evaluation; the oldest summaries, of policies without a head, have no `head_nfe`."""
+    """What is kept of an evaluation."""
     values = {name: summary[name] for name in KEPT}
-    return {"folder": str(folder)} | values | {"head_nfe": summary.get("head_nfe", 0)}
+    added = {name: summary.get(name, value) for name, value in ADDED.items()}
+    return {"folder": str(folder)} | values | added
 
 
-def conditions(summary: dict[str, Any]) -> dict[str, Any]:
-    """What must be equal for episodes to be paired: starts, task and simulator."""
+def conditions(summary: dict[str, Any], any_noise: bool) -> dict[str, Any]:
+    """What must be equal for episodes to be paired: starts, task, simulator and noise in the observations."""
     task = summary["task"]
     starts = {name: summary[name] for name in ("seed", "episodes", "repeats")}
-    return starts | {"task": task["type"]} | task["config"] | task["versions"]
+    noise = {} if any_noise else {"observation_noise": summary.get("observation_noise", ADDED["observation_noise"])}
+    return starts | noise | {"task": task["type"]} | task["config"] | task["versions"]
 
 
-def compare(folders: list[Path]) -> list[dict[str, Any]]:
+def compare(folders: list[Path], any_noise: bool = False) -> list[dict[str, Any]]:
     """A record for each evaluation; from the second on with its differences to the first.
+
+    Args:
+        folders: The evaluations.
+        any_noise: Compare those with different noise in the observations, too: what the noise costs.
 
     Raises:
         ValueError: If one cannot be read, or is not of the first one's seeds, repeats and task.
@@ -50,7 +58,7 @@ def compare(folders: list[Path]) -> list[dict[str, Any]]:
     (expected, reference), *others = [read(folder) for folder in folders]
     records = [kept(folders[0], expected)]
     for folder, (summary, episodes) in zip(folders[1:], others, strict=True):
-        there, here = conditions(expected), conditions(summary)
+        there, here = conditions(expected, any_noise), conditions(summary, any_noise)
         differing = [name for name in sorted(there | here) if there.get(name) != here.get(name)]
         if differing:
             pairs = "\n  ".join(f"{name}: {there.get(name)!r} and {here.get(name)!r}" for name in differing)
@@ -72,7 +80,8 @@ def with_interval(record: dict[str, Any], name: str, sign: str = "") -> str:
 
 def as_text(record: dict[str, Any]) -> str:
     numbers = [with_interval(record, name) for name in ("score", "success")]
-    lines = [record["folder"], f"  {'  '.join(numbers)}  {nfe_text(record)}"]
+    noise = f"  observation noise {record['observation_noise']:g}" if record["observation_noise"] else ""
+    lines = [record["folder"], f"  {'  '.join(numbers)}  {nfe_text(record)}{noise}"]
     if differences := record.get("against_reference"):
         numbers = [with_interval(differences, name, "+") for name in ("score", "success")]
         counts = f"{differences['wins']}:{differences['losses']}"
@@ -84,10 +93,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("reference", type=Path, metavar="A", help="folder that eval/rollout.py wrote: the reference")
     parser.add_argument("others", type=Path, metavar="B", nargs="+", help="folders to compare with it")
+    parser.add_argument("--any-noise", action="store_true", help="compare different noise in the observations, too")
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
     args = parser.parse_args()
     try:
-        records = compare([args.reference, *args.others])
+        records = compare([args.reference, *args.others], args.any_noise)
     except (OSError, ValueError) as error:
         raise SystemExit(f"compare.py: {error}") from error
     print("\n".join(map(as_text, records)))

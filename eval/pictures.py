@@ -25,7 +25,7 @@ def observe(checkpoint: Checkpoint, observation: dict) -> dict:
 
 def rollout(checkpoint: Checkpoint, seed: int, noise_seed: int) -> tuple[list[np.ndarray], float]:
     """Pictures of an episode, and its largest reward."""
-    env = make_env_config("pusht", starts="random_state", render_size=160).make()
+    env = make_env_config("pusht", render_size=160).make()
     generator = torch.Generator().manual_seed(noise_seed)
     observation, _ = env.reset(seed=seed)
     checkpoint.policy.reset()
@@ -41,7 +41,7 @@ def rollout(checkpoint: Checkpoint, seed: int, noise_seed: int) -> tuple[list[np
 
 def flow(checkpoint: Checkpoint, seed: int, samples: int = 24) -> tuple[np.ndarray, list[np.ndarray]]:
     """The board at a start, and the chunks, in pixels, on their way from noise to data: `(samples, horizon, 2)`."""
-    env = make_env_config("pusht", starts="random_state", render_size=512).make()
+    env = make_env_config("pusht", render_size=512).make()
     observation, _ = env.reset(seed=seed)
     net, config = checkpoint.policy.active_net, checkpoint.policy.config
     history = {

@@ -29,7 +29,7 @@ def successes(checkpoint: Checkpoint, first_seed: int) -> Iterator[Episode]:
     Raises:
         ValueError: A whole batch of starts brought no success: there would be no end.
     """
-    env = make_env_config("pusht", starts="random_state").create_envs(BATCH)["fm_pusht"][0]
+    env = make_env_config("pusht").create_envs(BATCH)["fm_pusht"][0]
     generator = torch.Generator().manual_seed(first_seed)
     while True:
         seeds = list(range(first_seed, first_seed + BATCH))

@@ -6,15 +6,14 @@ from datetime import datetime
 from pathlib import Path
 
 START = time.perf_counter()
-PACKAGES = ("gym-pusht", "pymunk", "shapely")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--policy", type=Path, help="folder of a checkpoint; the one that ships with the package if not given")
-    add("--env", default="pusht_b", help="task: pusht_b, pusht_a")
-    add("--starts", default="random_state", help="random_state (Diffusion Policy's) or gymnasium")
+    add("--env", default="pusht_b", help="task: pusht_b, pusht_a, kitchen, lift, handover, transport")
+    add("--option", action="append", default=[], metavar="NAME=VALUE", help="of the task: layout=d4rl; repeatable")
     add("--episodes", type=int, default=500, help="number of seeds, each one a start")
     add("--repeats", type=int, default=1, help="episodes of each seed, with different noise")
     add("--seed", type=int, default=1000, help="first seed")
@@ -25,6 +24,7 @@ def parse() -> argparse.Namespace:
     add("--videos", type=int, default=0, help="episodes to film")
     add("--out", type=Path, help="folder for the results; outputs/eval/<date>/<time> if not given")
     add("--resume", action="store_true", help="continue the evaluation in --out")
+    add("--observation-noise", type=float, default=0.0, help="added to the observations, in normalised units")
     add("--device", default="cpu", help="where the policy runs")
     args = parser.parse_args()
     if args.resume and args.out is None:
@@ -35,7 +35,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     # Imported late: help and wrong arguments need not wait for torch.
-    from env_configs import make_env_config
+    from env_configs import make_env_config, parse_options
+    from env_configs.extras import SIMULATORS
     from fm_policy.assets import default_policy
     from fm_policy.evaluation.checkpoint import load_checkpoint
     from fm_policy.evaluation.report import as_text
@@ -43,11 +44,11 @@ def main() -> None:
 
     imports = round(time.perf_counter() - START, 2)
     try:
-        names = ("seed", "episodes", "repeats", "n_action_steps", "batch_size", "videos")
-        run = Run(**{name: getattr(args, name) for name in names}, packages=PACKAGES)
+        names = ("seed", "episodes", "repeats", "n_action_steps", "batch_size", "videos", "observation_noise")
         checkpoint = load_checkpoint(args.policy or default_policy(), args.device, args.solver, args.nfe)
-        obs = "image" if checkpoint.policy.config.image_features else "state"
-        task = make_env_config(args.env, starts=args.starts, obs=obs)
+        seen = {"obs": "image"} if checkpoint.policy.config.image_features else {}
+        task = make_env_config(args.env, **seen | parse_options(args.option))
+        run = Run(**{name: getattr(args, name) for name in names}, packages=SIMULATORS[task.type])
         out = args.out or Path("outputs/eval", datetime.now().strftime("%Y-%m-%d/%H-%M-%S"))
         print(f"evaluating {checkpoint.path} into {out}\n{checkpoint.note}".strip())
         summary = evaluate_into(out, checkpoint, task, run, args.resume, {"imports": imports})

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +67,33 @@ def load_checkpoint(path: Path, device: str = "cpu", solver: str | None = None, 
     )
     policy = FlowMatchingPolicy.from_pretrained(path, config=config)
     return Checkpoint(path, fingerprint(path), note, policy.eval(), *processors)
+
+
+def name_policies(paths: Sequence[Path], labels: Sequence[str] | None) -> list[str]:
+    """A name for each policy, fit for a folder: as labelled, or that of the run or folder which tells it apart.
+
+    Raises:
+        ValueError: If they are not as many as the policies, not all different, or no names of folders.
+    """
+    names = list(labels or ())
+    if not names:
+        parts = [_parts(path) for path in paths]
+        for i, own in enumerate(parts):
+            others = {part for j, other in enumerate(parts) if j != i for part in other}
+            names.append(next((part for part in own if part not in others), own[0]))
+    bad = [name for name in names if Path(name).name != name]
+    if len(names) != len(paths) or len(set(names)) < len(names) or bad:
+        raise ValueError(f"--label needs {len(paths)} different names that folders can have, got {names}")
+    return names
+
+
+def _parts(path: Path) -> list[str]:
+    """Names of a checkpoint's folders, the most telling first: LeRobot's `RUN/checkpoints/STEP/pretrained_model`."""
+    parts = list(path.absolute().parts)
+    if parts[-1] == "pretrained_model" and parts[-3:-2] == ["checkpoints"]:
+        *parts, step = parts[:-3] + parts[-2:-1]
+        return [parts[-1], step, *parts[-2::-1]]
+    return parts[::-1]
 
 
 def set_solver(config: FlowMatchingConfig, solver: str | None, nfe: int | None) -> None:

@@ -46,7 +46,8 @@ class Episode:
         max_reward: Largest reward of a step.
         final_reward: Reward of the last step.
         measures: The task's own numbers (every float in its `info`), name to largest value over the
-            steps and `final_<name>` to the last one.
+            steps and `final_<name>` to the last one; and `jitter` of the executed actions, see `rollouts.jitter`.
+            Episodes that were written by older versions have no `jitter`.
         success: Whether any step was one of success.
         steps: Steps of the environment.
         nfe: Calls of the velocity net per chunk, the mean over the chunks where a solver chooses its own.

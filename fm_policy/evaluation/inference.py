@@ -1,7 +1,8 @@
 """From observations of some environments of a batch to chunks of actions for them, row by row reproducible."""
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from lerobot.utils.constants import ACTION, OBS_STR
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fm_policy.configuration_fm_ft import FlowMatchingConfig
 from fm_policy.evaluation.episodes import EpisodeKey
 from fm_policy.flow.noise import sample_noise
 from fm_policy.modeling_fm_ft import FlowMatchingPolicy
@@ -39,8 +41,50 @@ def map_observation(function: Callable[[NDArray], NDArray], observation: Observa
 
 def episode_noise(key: EpisodeKey) -> torch.Generator:
     """The source of an episode's noise: its n-th chunk takes the n-th draw, whatever runs beside it."""
-    entropy = np.random.SeedSequence(key).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(entropy[0]))
+    return _generator(np.random.SeedSequence(key))
+
+
+def episode_observation_noise(key: EpisodeKey) -> torch.Generator:
+    """A source of its own for the noise in an episode's observations: x0 is the same with and without it."""
+    return _generator(np.random.SeedSequence(key, spawn_key=(1,)))
+
+
+def _generator(source: np.random.SeedSequence) -> torch.Generator:
+    return torch.Generator().manual_seed(int(source.generate_state(1, np.uint64)[0]))
+
+
+def observed_numbers(config: FlowMatchingConfig) -> dict[str, int]:
+    """How many numbers each observed feature has, in the order of the configuration.
+
+    Raises:
+        ValueError: If the policy sees images: noise of a size in normalised units is not what disturbs a camera.
+    """
+    if config.image_features:
+        cameras = list(config.image_features)
+        raise ValueError(f"only observations of numbers can be disturbed, and the policy sees the images {cameras}")
+    return {name: math.prod(feature.shape) for name, feature in (config.input_features or {}).items()}
+
+
+def shift_observation(batch: Mapping[str, Any], numbers: Mapping[str, int], shift: Tensor) -> dict[str, Any]:
+    """Add `shift` to preprocessed observations.
+
+    Args:
+        batch: Holds each feature as `(B, n_obs_steps, *shape)`.
+        numbers: See `observed_numbers`.
+        shift: `(B, n_obs_steps, sum of numbers)`, the features side by side.
+    """
+    parts = zip(numbers, shift.split(list(numbers.values()), dim=-1), strict=True)
+    return {**batch, **{name: batch[name] + part.to(batch[name]).view_as(batch[name]) for name, part in parts}}
+
+
+def _check_task(config: FlowMatchingConfig, env_config: EnvConfig) -> None:
+    task = {env_config.features_map.get(name, name): spec.shape for name, spec in env_config.features.items()}
+    for name, spec in ((config.input_features or {}) | (config.output_features or {})).items():
+        if name not in config.image_features and name in task and tuple(task[name]) != tuple(spec.shape):
+            raise ValueError(
+                f"the policy is of another task: its '{name}' has the shape {tuple(spec.shape)}, "
+                f"that of {env_config.type} {tuple(task[name])}"
+            )
 
 
 def _row_block(policy: FlowMatchingPolicy, batch_size: int) -> int | None:
@@ -57,6 +101,8 @@ class ChunkSampler:
     Attributes:
         n_action_steps: Actions of a chunk to execute.
         n_obs_steps: Observations that the policy sees.
+        observation_noise: Standard deviation of the noise that is added to every normalised number of the
+            observations that the policy sees, anew for each chunk.
         row_block: Rows of a call are padded to a multiple of this; None: every row is called for alone.
         calls: Rows and wall seconds of every call of the policy, processors included.
     """
@@ -69,6 +115,7 @@ class ChunkSampler:
         env_config: EnvConfig,
         n_action_steps: int | None = None,
         batch_size: int = ROW_BLOCK,
+        observation_noise: float = 0.0,
     ) -> None:
         """Join the parts.
 
@@ -79,15 +126,22 @@ class ChunkSampler:
             env_config: The task; its own processors stand between environment and policy.
             n_action_steps: Actions of a chunk to execute; None: as many as the policy is configured for.
             batch_size: Most rows of a call.
+            observation_noise: Standard deviation of noise in the observations, in normalised units.
 
         Raises:
-            ValueError: If a chunk does not hold n_action_steps actions.
+            ValueError: If task and policy differ in their shapes, a chunk does not hold n_action_steps actions, the
+                noise is negative or not finite, or the policy sees images that it cannot be added to.
         """
         config = policy.config
+        _check_task(config, env_config)
         steps = config.n_action_steps if n_action_steps is None else n_action_steps
         if not 1 <= steps <= config.chunk_length:
             raise ValueError(f"n_action_steps must be from 1 to {config.chunk_length}, what a chunk holds, got {steps}")
+        if not (math.isfinite(observation_noise) and observation_noise >= 0):
+            raise ValueError(f"observation_noise must be finite and at least 0, got {observation_noise}")
         self.n_action_steps = steps
+        self.observation_noise = observation_noise
+        self._numbers = observed_numbers(config) if observation_noise else {}
         self.n_obs_steps = config.n_obs_steps
         self.calls: list[tuple[int, float]] = []
         self._policy, self._preprocessor, self._postprocessor = policy, preprocessor, postprocessor
@@ -101,6 +155,7 @@ class ChunkSampler:
         rows: Sequence[int],
         tasks: Sequence[str],
         noise: Sequence[torch.Generator],
+        observation_noise: Sequence[torch.Generator],
     ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
         """Compute the next chunk of some rows.
 
@@ -109,24 +164,28 @@ class ChunkSampler:
             rows: Environments that need a chunk, at least one.
             tasks: What each of these is told to do.
             noise: Source of noise of each of these.
+            observation_noise: Source of the noise in the observations of each of these.
 
         Returns:
             Actions to execute, `(len(rows), n_action_steps, action_dim)`, and network calls of each row.
         """
         x0 = torch.stack([sample_noise(self._noise_shape, generator) for generator in noise])
+        shape = (self.n_obs_steps, sum(self._numbers.values()))  # of no numbers where nothing is to be added
+        shift = torch.stack([self.observation_noise * sample_noise(shape, draw) for draw in observation_noise])
         size = len(rows) if self.row_block else 1
         parts = [slice(i, i + size) for i in range(0, len(rows), size)]
-        answers = [self._call(frames, rows[part], tasks[part], x0[part]) for part in parts]
+        answers = [self._call(frames, rows[part], tasks[part], x0[part], shift[part]) for part in parts]
         return np.concatenate([a for a, _ in answers]), np.repeat([float(nfe) for _, nfe in answers], size)
 
     def _call(
-        self, frames: Sequence[Observation], rows: Sequence[int], tasks: Sequence[str], x0: Tensor
+        self, frames: Sequence[Observation], rows: Sequence[int], tasks: Sequence[str], x0: Tensor, shift: Tensor
     ) -> tuple[NDArray[np.float32], int]:
         start = time.perf_counter()
         block = self.row_block or 1
         filled = np.resize(np.arange(len(rows)), -(-len(rows) // block) * block)
         with torch.inference_mode():
             batch = self._history(frames, np.asarray(rows)[filled], [tasks[i] for i in filled])
+            batch = shift_observation(batch, self._numbers, shift[filled])
             chunk = self._policy.predict_action_chunk(batch, noise=x0[filled])
             actions = self._executable(chunk[: len(rows), : self.n_action_steps])
         self.calls.append((len(filled), time.perf_counter() - start))

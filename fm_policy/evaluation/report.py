@@ -15,8 +15,8 @@ def summarise(episodes: Sequence[Episode]) -> dict[str, Any]:
     Returns:
         `score`: mean of the largest reward, `score_interval`: its 95 % interval, None for a single seed;
         `success`: share of successful episodes, `success_interval`: its 95 % interval (Wilson);
-        `best_of_r`: mean over the seeds of the best repeat's largest reward; `measures`: means of the task's
-        own numbers; `episodes`: number of seeds, `repeats`: episodes of each; `steps`: mean length; `nfe`:
+        `best_of_r`: mean over the seeds of the best repeat's largest reward; `measures`: means of those that
+        every episode has; `episodes`: number of seeds, `repeats`: episodes of each; `steps`: mean length; `nfe`:
         network calls per chunk.
     """
     rewards, successes = table(episodes, "max_reward"), table(episodes, "success")
@@ -29,7 +29,9 @@ def summarise(episodes: Sequence[Episode]) -> dict[str, Any]:
         "episodes": len(rewards),
         "repeats": rewards.shape[1],
         "measures": {
-            name: float(np.mean([episode.measures[name] for episode in episodes])) for name in episodes[0].measures
+            name: float(np.mean([episode.measures[name] for episode in episodes]))
+            for name in episodes[0].measures
+            if all(name in episode.measures for episode in episodes)
         },
         "steps": float(np.mean([episode.steps for episode in episodes])),
         "nfe": whole(float(np.average([e.nfe for e in episodes], weights=[e.chunks for e in episodes]))),
@@ -62,6 +64,10 @@ def as_text(summary: dict[str, Any]) -> str:
     ]
     if summary["repeats"] > 1:
         lines.insert(2, f"best of {summary['repeats']:<2d} {summary['best_of_r']:.3f}")
+    if (jitter := summary["measures"].get("jitter")) is not None:
+        lines.append(f"jitter     {jitter:.3g}  mean square of the actions' second difference, in the task's units")
+    if noise := summary.get("observation_noise"):
+        lines.append(f"noise      {noise:g} in every normalised number of the observations")
     if times := summary.get("ms_per_chunk"):
         lines.append(f"inference  {times['p50']:.1f} ms per call of {times['rows']} rows (p99 {times['p99']:.1f} ms)")
     return "\n".join(lines)

@@ -22,6 +22,7 @@ from fm_policy.evaluation.inference import (
     Observation,
     Processor,
     episode_noise,
+    episode_observation_noise,
     map_observation,
 )
 from fm_policy.evaluation.videos import Camera
@@ -42,6 +43,7 @@ def evaluate(
     n_action_steps: int | None = None,
     batch_size: int = BATCH_SIZE,
     use_async_envs: bool = False,
+    observation_noise: float = 0.0,
 ) -> list[Episode]:
     """Run every seed `repeats` times, without writing anything.
 
@@ -55,6 +57,7 @@ def evaluate(
         n_action_steps: Actions of a chunk to execute; None: as many as the policy is configured for.
         batch_size: Most environments at a time.
         use_async_envs: Give each environment its own process.
+        observation_noise: Standard deviation of noise in the observations, see `ChunkSampler`.
 
     Returns:
         Episodes by repeat, then in the order of the seeds.
@@ -64,7 +67,8 @@ def evaluate(
     was_training = policy.training
     policy.eval()
     try:
-        sampler = ChunkSampler(policy, preprocessor, postprocessor, env_config, n_action_steps, batch_size)
+        processors = preprocessor, postprocessor
+        sampler = ChunkSampler(policy, *processors, env_config, n_action_steps, batch_size, observation_noise)
         episodes = run_episodes(sampler, env_config, jobs, batch_size, use_async_envs)
         return sorted(episodes, key=lambda episode: rank[episode.key])
     finally:
@@ -103,25 +107,44 @@ def run_episodes(
             env.close()
 
 
+def jitter(actions: NDArray) -> float:
+    """How much executed actions shake: the mean square of their second differences, a[t+1] - 2 a[t] + a[t-1].
+
+    Zero for any motion of constant velocity; a step of size s within a still episode of T actions adds 2 s² / (T - 2)
+    to the mean over time.
+
+    Args:
+        actions: `(T, action_dim)`, in the task's units.
+
+    Returns:
+        The mean over time and action dimensions, in squared units of the actions; 0 for fewer than three actions.
+    """
+    differences = np.diff(actions.astype(np.float64), n=2, axis=0)
+    return float(np.square(differences).mean()) if differences.size else 0.0
+
+
 class _Running:
     """An episode that has not ended."""
 
     def __init__(self, key: EpisodeKey, initial_state: list[float] | None, measures: Iterable[str]) -> None:
         self.key = key
         self.noise = episode_noise(key)
+        self.observation_noise = episode_observation_noise(key)
         self.steps = self.chunks = 0
         self._initial_state = initial_state
         self._calls = 0.0
         self._rewards = -np.inf, 0.0  # largest, last
         self._success = False
         self._measures = dict.fromkeys(measures, (-np.inf, 0.0))
+        self._actions: list[NDArray[np.float32]] = []
 
     def count_chunk(self, calls: float) -> None:
         self.chunks += 1
         self._calls += calls
 
-    def count_step(self, reward: float, success: bool, values: dict[str, float]) -> None:
+    def count_step(self, action: NDArray[np.float32], reward: float, success: bool, values: dict[str, float]) -> None:
         self.steps += 1
+        self._actions.append(action)
         self._success |= success
         self._rewards = max(self._rewards[0], reward), reward
         self._measures = {name: (max(self._measures[name][0], value), value) for name, value in values.items()}
@@ -129,6 +152,7 @@ class _Running:
     def result(self) -> Episode:
         measures = {name: largest for name, (largest, _) in self._measures.items()}
         measures |= {f"final_{name}": last for name, (_, last) in self._measures.items()}
+        measures["jitter"] = jitter(np.array(self._actions))
         return Episode(
             *self.key,
             initial_state=self._initial_state,
@@ -188,7 +212,9 @@ class _Batch:
     def _next_chunks(self) -> NDArray[np.float32]:
         rows = sorted(self.running)
         noise = [self.running[row].noise for row in rows]
-        chunks, calls = self.sampler(list(self.frames), rows, [self.tasks[row] for row in rows], noise)
+        observation_noise = [self.running[row].observation_noise for row in rows]
+        tasks = [self.tasks[row] for row in rows]
+        chunks, calls = self.sampler(list(self.frames), rows, tasks, noise, observation_noise)
         for row, count in zip(rows, calls, strict=True):
             self.running[row].count_chunk(count)
         actions = np.zeros((self.env.num_envs, *chunks.shape[1:]), dtype=np.float32)
@@ -202,7 +228,7 @@ class _Batch:
         measures = _measures(info)
         for row, episode in list(self.running.items()):
             values = {name: float(info[name][row]) for name in measures}
-            episode.count_step(float(rewards[row]), bool(info["is_success"][row]), values)
+            episode.count_step(actions[row], float(rewards[row]), bool(info["is_success"][row]), values)
             if terminated[row] or truncated[row] or episode.steps >= self.step_limit:
                 del self.running[row]
                 yield self._finish(episode)

@@ -1,6 +1,7 @@
 """An evaluation as a folder: `run.json`, `episodes.jsonl`, `summary.json` and `videos`, continued after a kill."""
 
 import json
+import math
 import os
 import shlex
 import sys
@@ -21,6 +22,9 @@ from fm_policy.evaluation.report import chunk_times, summarise
 from fm_policy.evaluation.rollouts import BATCH_SIZE, run_episodes
 from fm_policy.evaluation.videos import Camera
 
+# Settings that the oldest records lack, and what held then.
+ADDED_SETTINGS: dict[str, Any] = {"observation_noise": 0.0}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -35,6 +39,7 @@ class Run:
         use_async_envs: Give each environment its own process.
         videos: Episodes to film, the first of the plan.
         packages: Distributions that the task's simulator is made of, for the record.
+        observation_noise: Standard deviation of noise in every normalised number of the observations, at least 0.
     """
 
     seed: int = 1000
@@ -45,8 +50,11 @@ class Run:
     use_async_envs: bool = False
     videos: int = 0
     packages: tuple[str, ...] = ()
+    observation_noise: float = 0.0
 
     def __post_init__(self) -> None:
+        if not (math.isfinite(self.observation_noise) and self.observation_noise >= 0):
+            raise ValueError(f"observation_noise must be finite and at least 0, got {self.observation_noise}")
         for name, least in {"seed": 0, "episodes": 1, "repeats": 1, "batch_size": 1, "videos": 0}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -89,6 +97,7 @@ def evaluate_into(
         env_config,
         run.n_action_steps,
         run.batch_size,
+        run.observation_noise,
     )
     settings = _settings(checkpoint, env_config, run, sampler)
     _claim(folder, settings, resume)
@@ -128,6 +137,7 @@ def _settings(checkpoint: Checkpoint, env_config: EnvConfig, run: Run, sampler: 
         "solver": config.solver,
         "num_solver_steps": config.num_solver_steps,
         "n_action_steps": sampler.n_action_steps,
+        "observation_noise": run.observation_noise,
         "device": config.device,
         "row_block": sampler.row_block,
         "versions": versions(PACKAGES),
@@ -166,7 +176,7 @@ def _claim(folder: Path, settings: dict[str, Any], resume: bool) -> None:
 
 
 def _check_same(stored: dict[str, Any], settings: dict[str, Any], folder: Path) -> None:
-    before, now = _flatten(stored), _flatten(settings)
+    before, now = _flatten(ADDED_SETTINGS | stored), _flatten(settings)
     differing = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     if differing:
         pairs = [f"{name}: {before.get(name)!r} there, {now.get(name)!r} now" for name in differing]

@@ -20,12 +20,17 @@ Interval = tuple[float, float]
 
 
 def table(episodes: Sequence[Episode], name: str) -> NDArray[np.float64]:
-    """One field of all episodes as `(seeds, repeats)`, in rising order of both.
+    """One number of all episodes as `(seeds, repeats)`, in rising order of both.
+
+    Args:
+        episodes: The episodes.
+        name: A field, or one of the measures.
 
     Raises:
+        KeyError: If an episode has no such number.
         ValueError: If there is none, or if some seed lacks a repeat that another one has.
     """
-    values = {episode.key: float(getattr(episode, name)) for episode in episodes}
+    values = {episode.key: float(episode.to_row()[name]) for episode in episodes}
     seeds = sorted({key.seed for key in values})
     repeats = sorted({key.repeat for key in values})
     if not episodes or len(values) != len(episodes) or len(values) != len(seeds) * len(repeats):

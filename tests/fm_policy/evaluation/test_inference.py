@@ -4,7 +4,7 @@ from lerobot.configs.types import FeatureType, PolicyFeature
 
 from fm_policy.configuration_fm_ft import FlowMatchingConfig
 from fm_policy.evaluation.episodes import EpisodeKey
-from fm_policy.evaluation.inference import ROW_BLOCK, episode_noise
+from fm_policy.evaluation.inference import ROW_BLOCK, episode_noise, episode_observation_noise
 from fm_policy.flow.noise import sample_noise
 from fm_policy.modeling_fm_ft import FlowMatchingPolicy
 
@@ -70,9 +70,10 @@ def test_threads_give_each_row_the_same_bits():
 
 def test_noise_of_an_episode_is_its_own():
     keys = [EpisodeKey(seed, repeat) for seed in (0, 1, 1000, 1001) for repeat in (0, 1)]
-    noise = torch.stack([sample_noise((4096,), episode_noise(key)) for key in keys])
+    sources = [source(key) for source in (episode_noise, episode_observation_noise) for key in keys]
+    noise = torch.stack([sample_noise((4096,), source) for source in sources])
     again = torch.stack([sample_noise((4096,), episode_noise(key)) for key in keys])
-    assert torch.equal(noise, again)
+    assert torch.equal(noise[: len(keys)], again)
     correlation = torch.corrcoef(noise)
-    assert (correlation - torch.eye(len(keys))).abs().max() < 0.08  # five standard errors
+    assert (correlation - torch.eye(len(sources))).abs().max() < 0.08  # five standard errors
     assert noise.std(dim=1) == pytest.approx(1.0, abs=0.06)

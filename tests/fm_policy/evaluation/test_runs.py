@@ -8,7 +8,7 @@ from fm_policy.evaluation.episodes import read_episodes
 from fm_policy.evaluation.report import as_text, chunk_times, summarise
 from fm_policy.evaluation.rollouts import evaluate
 from fm_policy.evaluation.runs import Run, evaluate_into
-from fm_policy.evaluation.statistics import mean_interval, wilson_interval
+from fm_policy.evaluation.statistics import mean_interval, table, wilson_interval
 
 RUN = Run(seed=1000, episodes=5, repeats=2, batch_size=4, packages=("gym-pusht", "pymunk"))
 
@@ -91,6 +91,33 @@ def test_a_broken_evaluation_ends_with_the_rows_of_an_unbroken_one(finished, che
     assert {name: summary[name] for name in same} == {name: unbroken[name] for name in same}
 
 
+def test_an_evaluation_from_before_there_was_noise_or_jitter_is_continued(finished, checkpoint, short_pusht, tmp_path):
+    settings = json.loads((finished[0] / "run.json").read_text())
+    assert settings.pop("observation_noise") == 0
+    (tmp_path / "run.json").write_text(json.dumps(settings))
+    old = [json.loads(line) for line in (finished[0] / "episodes.jsonl").read_text().splitlines()[:7]]
+    lines = [json.dumps({name: value for name, value in row.items() if name != "jitter"}) for row in old]
+    (tmp_path / "episodes.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match="observation_noise: 0.0 there, 0.1 now"):
+        evaluate_into(tmp_path, checkpoint, short_pusht, replace(RUN, observation_noise=0.1), resume=True)
+    summary = evaluate_into(tmp_path, checkpoint, short_pusht, RUN, resume=True)
+    assert (summary["score"], summary["episodes_run_now"]) == (finished[1]["score"], 3)
+    assert set(finished[1]["measures"]) - set(summary["measures"]) == {"jitter"}
+    assert "jitter" not in as_text(summary)
+
+
+def test_noise_in_observations_is_told(checkpoint, short_pusht, tmp_path):
+    summary = evaluate_into(tmp_path, checkpoint, short_pusht, replace(RUN, repeats=1, observation_noise=0.1))
+    parts = checkpoint.policy, checkpoint.preprocessor, checkpoint.postprocessor
+    assert by_key(tmp_path) == evaluate(*parts, short_pusht, range(1000, 1005), observation_noise=0.1)
+    assert json.loads((tmp_path / "run.json").read_text())["observation_noise"] == 0.1
+    jitter = table(by_key(tmp_path), "jitter")
+    assert summary["measures"]["jitter"] == pytest.approx(jitter.mean())
+    text = as_text(summary)
+    assert "noise      0.1 in every normalised number of the observations" in text
+    assert f"jitter     {jitter.mean():.3g}  " in text
+
+
 def test_resuming_in_an_empty_folder_starts(checkpoint, short_pusht, tmp_path):
     summary = evaluate_into(tmp_path, checkpoint, short_pusht, replace(RUN, episodes=1, repeats=1), resume=True)
     assert summary["episodes_run_now"] == 1
@@ -132,6 +159,12 @@ def test_bad_values_are_refused_by_name(values):
     ((name, value),) = values.items()
     with pytest.raises(ValueError, match=f"{name} must be at least [01], got {value}"):
         Run(**values)
+
+
+@pytest.mark.parametrize("sigma", [-0.1, float("nan"), float("inf")])
+def test_impossible_noise_is_refused(sigma):
+    with pytest.raises(ValueError, match=f"observation_noise must be finite and at least 0, got {sigma}"):
+        Run(observation_noise=sigma)
 
 
 def test_videos_are_the_first_episodes(checkpoint, short_pusht, tmp_path):
