@@ -9,6 +9,8 @@ import pytest
 # Before LeRobot is imported: tests must not fill the user's own home with data sets and window stores.
 os.environ["HF_LEROBOT_HOME"] = tempfile.mkdtemp(prefix="lerobot-home-")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# The nets of the tests are small: threads would wait for one another longer than they compute.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

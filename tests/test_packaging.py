@@ -198,9 +198,9 @@ def test_ci_checks_style_and_types_and_runs_the_readmes_own_test_command(tmp_pat
     checks = ["-m pip install uv", "-m uv run ruff check", "-m uv run ruff format --check", "-m uv run mypy"]
     status, calls = run_ci(tmp_path, fails_on="nothing")
     assert status == 0
-    assert calls == [*checks, "-m pip install uv", "-m uv run pytest"]
+    assert calls == [*checks, "-m pip install uv", "-m uv run pytest -n 2 --dist loadfile"]
     readme = (REPOSITORY / "README.md").read_text().splitlines()
-    assert "python3 -m pip install uv && python3 -m uv run pytest" in readme
+    assert "python3 -m pip install uv && python3 -m uv run pytest -n 2 --dist loadfile" in readme
 
 
 @pytest.mark.parametrize("step", ["ruff check", "mypy", "pytest"])

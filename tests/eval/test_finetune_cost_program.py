@@ -43,7 +43,7 @@ def test_a_step_calls_the_velocity_once_per_solver_step_and_noise(monkeypatch):
 
 
 def test_memory_is_that_of_the_step_alone():
-    """In a process of its own, where nothing freed earlier can be used again: at least the gradient of 4.15 M weights."""
+    """In a process of its own, where nothing freed earlier can be used again: at least a gradient of 4.15 M weights."""
     measure = f"import runpy; print(runpy.run_path({PROGRAM!r})['peak_memory'](4, {{}}))"
     said = subprocess.run([sys.executable, "-c", measure], capture_output=True, text=True, check=True)
     weights = 4.15e6 * 4 / 2**20
