@@ -1,6 +1,7 @@
-"""Command line: `python -m env_configs.demos TASK --source STORE --root FOLDER`."""
+"""Command line: `python -m env_configs.demos TASK --source STORE --root FOLDER`, or `--scripted` for a source."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ class Reader:
         source: what `--source` names.
         options: further options of the command: name -> settings of argparse.
         settings: fixed arguments of `convert`.
+        scripted: whether the task has a scripted expert, see `scripted.EXPERTS`.
     """
 
     module: str
@@ -26,6 +28,7 @@ class Reader:
     source: str
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    scripted: bool = False
 
 
 _ROBOSUITE_OPTIONS: dict[str, dict[str, Any]] = {
@@ -56,6 +59,7 @@ READERS = {
                 "help": "joint positions to go to, or velocities as recorded",
             },
         },
+        scripted=True,
     ),
     **{
         name: Reader(
@@ -64,6 +68,7 @@ READERS = {
             "the HDF5 file",
             _ROBOSUITE_OPTIONS,
             {"name": name},
+            scripted=name != "lift",
         )
         for name, task in (("lift", "Lift"), ("handover", "TwoArmHandover"), ("transport", "TwoArmTransport"))
     },
@@ -72,17 +77,42 @@ READERS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Converts the demonstrations of one task; returns the exit status."""
-    given = vars(_parser().parse_args(arguments))
-    reader = READERS[given.pop("task")]
-    convert = import_module(reader.module).convert  # late: help need not wait for LeRobot
+    """Converts or records the demonstrations of one task; returns the exit status."""
+    parser = _parser()
+    given = vars(parser.parse_args(arguments))
     try:
-        episodes, frames = convert(**given, **reader.settings)
+        episodes, frames = _record(given, parser) if given.pop("scripted", False) else _convert(given, parser)
     except (ValueError, FileExistsError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{given['root']}: {episodes} episodes, {frames} frames")
     return 0
+
+
+def _convert(given: dict[str, Any], parser: argparse.ArgumentParser) -> tuple[int, int]:
+    for name in _RECORDING:
+        if given.pop(name, None) is not None:
+            parser.error(f"--{name} belongs to --scripted, not to --source")
+    reader = READERS[given.pop("task")]
+    return import_module(reader.module).convert(**given, **reader.settings)  # late: help need not wait for LeRobot
+
+
+def _record(given: dict[str, Any], parser: argparse.ArgumentParser) -> tuple[int, int]:
+    if given.pop("mask", None) is not None:
+        parser.error("--mask belongs to --source, not to --scripted")
+    from env_configs.demos.scripted import record, recording_of
+
+    chosen = {name: default if given[name] is None else given[name] for name, (default, _) in _RECORDING.items()}
+    options = {name: given[name] for name in READERS[given["task"]].options if name in given}
+    return record(recording_of(given["task"], options), given["root"], **chosen)
+
+
+_RECORDING = {
+    "episodes": (100, "successes that are recorded (default 100)"),
+    "seed": (0, "of the first attempt; the next ones follow (default 0)"),
+    "workers": (os.cpu_count() or 1, "processes (default: the number of cores)"),
+}
+"""Options of a recording: name -> default and help."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,7 +122,12 @@ def _parser() -> argparse.ArgumentParser:
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     for name, reader in READERS.items():
         task = tasks.add_parser(name, help=reader.what, description=reader.what)
-        task.add_argument("--source", type=Path, required=True, help=reader.source)
+        origin = task.add_mutually_exclusive_group(required=True)
+        origin.add_argument("--source", type=Path, help=reader.source)
+        if reader.scripted:
+            origin.add_argument("--scripted", action="store_true", help="record the scripted expert instead")
+            for option, (_, what) in _RECORDING.items():
+                task.add_argument(f"--{option}", type=int, help=f"with --scripted: {what}")
         task.add_argument("--root", type=Path, required=True, help="folder of the data set to write; must not exist")
         for option, settings in reader.options.items():
             task.add_argument(f"--{option}", **settings)

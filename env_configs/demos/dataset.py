@@ -1,11 +1,12 @@
 """The one way into a LeRobotDataset: episodes of arrays, written beside the target and renamed at the end."""
 
+import json
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +36,12 @@ class Episode:
 
 
 def write_dataset(
-    root: Path, fps: int, features: Features, episodes: Iterable[Episode], total: int | None = None
+    root: Path,
+    fps: int,
+    features: Features,
+    episodes: Iterable[Episode],
+    total: int | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> tuple[int, int]:
     """Writes episodes as a LeRobotDataset (format v3.0) that appears at `root` only when it is complete.
 
@@ -47,6 +53,7 @@ def write_dataset(
         features: LeRobot's feature specification of every column. Use dtype "image" for lossless pictures.
         episodes: the demonstrations, in order; may be a generator that reads as it goes.
         total: number of episodes, for the progress bar.
+        notes: name -> what is written as JSON to `meta/NAME.json`.
 
     Returns:
         Number of episodes and of frames written.
@@ -62,6 +69,9 @@ def write_dataset(
     workshop = Path(tempfile.mkdtemp(prefix=f".{root.name}.unfinished-", dir=root.parent))
     try:
         counts = _write(workshop / root.name, f"local/{root.name}", fps, features, episodes, total)
+        for name, content in (notes or {}).items():
+            file = workshop / root.name / "meta" / f"{name}.json"
+            file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         (workshop / root.name).rename(root)
     finally:
         shutil.rmtree(workshop)
