@@ -9,6 +9,7 @@ import json
 import logging
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,9 @@ def bare(task: str) -> Run:
 
         simulator, low, high, size = KitchenEnv(), -1, 1, 9
     elif task == "pusht":
-        from gym_pusht.envs import PushTEnv
-
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # pygame's, on import
+            from gym_pusht.envs import PushTEnv
         simulator, low, high, size = PushTEnv(obs_type="environment_state_agent_pos"), 0, 512, 2
     else:
         simulator = _bare_robosuite(task)

@@ -52,7 +52,7 @@ def main() -> None:
         out = args.out or Path("outputs/eval", datetime.now().strftime("%Y-%m-%d/%H-%M-%S"))
         print(f"evaluating {checkpoint.path} into {out}\n{checkpoint.note}".strip())
         summary = evaluate_into(out, checkpoint, task, run, args.resume, {"imports": imports})
-    except ValueError as error:
+    except (ValueError, ModuleNotFoundError) as error:
         raise SystemExit(f"rollout.py: {error}") from error
     print(as_text(summary))
 
