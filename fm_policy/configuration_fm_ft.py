@@ -1,5 +1,6 @@
 """Configuration of the flow-matching policy: one flat record of everything that a checkpoint depends on."""
 
+import math
 from dataclasses import dataclass, field
 
 from lerobot.configs import NormalizationMode, PreTrainedConfig
@@ -78,6 +79,8 @@ class FlowMatchingConfig(PreTrainedConfig):
         checkpoint_solver: Fine-tuning keeps only the states between solver steps and computes the rest again in
             the backward pass: the memory of one step, for about a third more time.
         train_encoder: Fine-tuning trains the observation encoder along; False: it stays the base's.
+        observation_noise: Standard deviation of the Gaussian noise on the normalised numbers of an observation in
+            training, with which few demonstrations cover their neighbourhood; pictures have none.
         head: What carries the flow's chunk on, from t = 1 to 1 + `head_span`, in stage `residual`: `control_synth`,
             eq. (7), whose stability can be certified, or `unet`, the ablation; None in the other stages.
         head_mode: Matrices of `control_synth`: `constructed` contracts at `head_rate` whatever it learns, `penalty` is
@@ -154,6 +157,7 @@ class FlowMatchingConfig(PreTrainedConfig):
     cfm_weight: float = 0.0
     checkpoint_solver: bool = False
     train_encoder: bool = True
+    observation_noise: float = 0.0
 
     head: str | None = None
     head_mode: str = "constructed"
@@ -229,6 +233,10 @@ class FlowMatchingConfig(PreTrainedConfig):
             )
 
     def _check_finetuning(self) -> None:
+        if not 0 <= self.observation_noise < math.inf:
+            raise ValueError(f"observation_noise must be finite and 0 or more, got {self.observation_noise}")
+        if self.observation_noise and not self.trains_encoder:
+            raise ValueError(f"observation_noise={self.observation_noise} needs an encoder that is trained")
         if self.nearest_k < 1:
             raise ValueError(f"nearest_k must be at least 1, got {self.nearest_k}")
         if self.cfm_weight < 0 or self.finetune_lr < 0:

@@ -1,5 +1,7 @@
 """The configuration: arithmetic of time, what LeRobot reads, and every refusal by name."""
 
+import math
+
 import pytest
 from lerobot.configs import FeatureType, PolicyFeature
 
@@ -57,6 +59,12 @@ def test_nfe(tiny, solver, steps, nfe):
         ({"stage": "finetune", "coupling": "ot"}, "coupling='ot' is not for a policy"),
         ({"coupling": "nearest"}, "coupling='nearest' is for stage 'finetune'"),
         ({"coupling": "inverse"}, "coupling='inverse' is for stage 'finetune'"),
+        ({"observation_noise": -0.1}, "observation_noise must be finite and 0 or more, got -0.1"),
+        ({"observation_noise": math.inf}, "observation_noise must be finite and 0 or more, got inf"),
+        (
+            {"stage": "finetune", "train_encoder": False, "observation_noise": 0.1},
+            "observation_noise=0.1 needs an encoder that is trained",
+        ),
         ({"train_encoder": False}, "train_encoder=False is for stage 'finetune'"),
         ({"variance": "full"}, "variance must be one of .* got 'full'"),
         ({"variance": "diagonal"}, "variance='diagonal' needs sigma"),
