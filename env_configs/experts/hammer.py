@@ -11,6 +11,9 @@ from env_configs.experts.arm import SLOW, Hand, Pose, Step, Try, Vector, downwar
 _AT_HEAD, _AT_TAIL = 0.014, 0.008
 """Nearest that a hand's middle comes to the head and to the other end, m; a finger is 2 cm wide."""
 
+_WALLS = 0.16
+"""Height up to which walls may stand around a hammer, m."""
+
 _APART = 0.11
 """Distance between the two hands on the handle where it is long enough, m."""
 
@@ -84,8 +87,9 @@ def pick_up(hand: Hand, hammer: Hammer, rise: float, rng: np.random.Generator, t
         yield from hand.pause()
         yield from hand.go(goal, SLOW, within=0.006, patience=60)
         yield from hand.grip()
-        lifted = Pose(hand.position, rotation).up(rise)
-        yield from hand.go(lifted, within=0.03)
+        start = Pose(hand.position, rotation)
+        yield from hand.go(start.up(min(rise, _WALLS)), SLOW, within=0.03)  # fast, an arm sways into the walls
+        yield from hand.go(start.up(rise), within=0.03)
         if hand.holds(hammer.shapes):
             return True
         yield from hand.let_go()

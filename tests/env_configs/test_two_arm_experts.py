@@ -1,5 +1,6 @@
-"""The scripted handover, in the real simulator: that its recorded actions alone succeed, of either kind."""
+"""The scripted handover and transport, in the real simulator: that their recorded actions alone succeed."""
 
+from importlib import import_module
 from importlib.util import find_spec
 
 import numpy as np
@@ -8,23 +9,25 @@ import pytest
 if find_spec("robosuite") is None:
     pytest.skip("robosuite is not installed: needs the extra robosuite", allow_module_level=True)
 
-from env_configs.demos.scripted import recording_of
+from env_configs.demos.scripted import EXPERTS, recording_of
 from env_configs.experts.arm import downward
 from env_configs.experts.handover import attempt
 from env_configs.robosuite_tasks import RobosuiteTask
 
 
-@pytest.mark.parametrize(("actions", "seed"), [("absolute", 2), ("delta", 5)])
-def test_its_actions_alone_hand_the_hammer_over(actions, seed):
-    tried = attempt(seed, {"actions": actions})
+@pytest.mark.parametrize(
+    ("task", "actions", "seed"), [("handover", "absolute", 2), ("handover", "delta", 5), ("transport", "absolute", 5)]
+)
+def test_its_actions_alone_do_the_task(task, actions, seed):
+    tried = import_module(EXPERTS[task]).attempt(seed, {"actions": actions})
     assert tried.success
-    features = recording_of("handover", {"actions": actions}).features
+    features = recording_of(task, {"actions": actions}).features
     assert set(tried.columns) == set(features)
     for name, column in tried.columns.items():
         assert column.shape[1:] == features[name]["shape"]
         assert column.dtype == features[name]["dtype"]
     assert tried.columns["next.success"].sum() == tried.columns["next.success"][-1] == 1
-    env = RobosuiteTask("handover", actions=actions)
+    env = RobosuiteTask(task, actions=actions)
     seen, _ = env.reset(seed=seed)
     np.testing.assert_array_equal(seen["agent_pos"].astype(np.float32), tried.columns["observation.state"][0])
     solved = [env.step(action)[4]["is_success"] for action in tried.columns["action"]]
