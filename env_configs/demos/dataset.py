@@ -86,7 +86,8 @@ def _write(
 
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()  # one bar per episode of its own, inside ours
-    dataset = LeRobotDataset.create(repo_id, fps=fps, features=features, root=folder, use_videos=False)
+    settings: dict[str, Any] = {"use_videos": False, "video_backend": "pyav"}  # LeRobot complains at length of others
+    dataset = LeRobotDataset.create(repo_id, fps=fps, features=features, root=folder, **settings)
     try:
         for number, episode in enumerate(tqdm(episodes, total=total, desc="writing", unit="episode")):
             _check(number, episode, features)
