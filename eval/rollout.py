@@ -1,6 +1,7 @@
 """Evaluate a checkpoint on a task: `python eval/rollout.py --episodes 500`."""
 
 import argparse
+import os
 import time
 from datetime import datetime
 from pathlib import Path
@@ -25,36 +26,51 @@ def parse() -> argparse.Namespace:
     add("--out", type=Path, help="folder for the results; outputs/eval/<date>/<time> if not given")
     add("--resume", action="store_true", help="continue the evaluation in --out")
     add("--observation-noise", type=float, default=0.0, help="added to the observations, in normalised units")
+    add("--processes", type=int, default=1, help="of this machine that share the episodes; no number depends on it")
     add("--device", default="cpu", help="where the policy runs")
     args = parser.parse_args()
     if args.resume and args.out is None:
         parser.error("--resume needs --out, the folder to continue")
+    if args.out is None and (args.processes > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        parser.error("several processes need --out, the folder that they share")
     return args
 
 
-def main() -> None:
-    args = parse()
-    # Imported late: help and wrong arguments need not wait for torch.
+def evaluate(args: argparse.Namespace) -> None:
+    """Evaluate as one process, or as one of several that share the episodes."""
     from env_configs import make_env_config, parse_options
     from env_configs.extras import SIMULATORS
     from fm_policy.assets import default_policy
     from fm_policy.evaluation.checkpoint import load_checkpoint
+    from fm_policy.evaluation.ranks import join
     from fm_policy.evaluation.report import as_text
     from fm_policy.evaluation.runs import Run, evaluate_into
 
     imports = round(time.perf_counter() - START, 2)
+    names = ("seed", "episodes", "repeats", "n_action_steps", "batch_size", "videos", "observation_noise")
+    checkpoint = load_checkpoint(args.policy or default_policy(), args.device, args.solver, args.nfe)
+    seen = {"obs": "image"} if checkpoint.policy.config.image_features else {}
+    task = make_env_config(args.env, **seen | parse_options(args.option))
+    run = Run(**{name: getattr(args, name) for name in names}, packages=SIMULATORS[task.type])
+    out = args.out or Path("outputs/eval", datetime.now().strftime("%Y-%m-%d/%H-%M-%S"))
+    rank = join()
+    if rank.first:
+        print(f"evaluating {checkpoint.path} into {out}\n{checkpoint.note}".strip(), flush=True)
+    summary = evaluate_into(out, checkpoint, task, run, args.resume, {"imports": imports}, rank)
+    if rank.first:
+        print(as_text(summary))
+
+
+def main() -> None:
+    args = parse()
+    # Imported late, here and above: help and wrong arguments need not wait for torch.
+    from fm_policy.evaluation.ranks import companions
+
     try:
-        names = ("seed", "episodes", "repeats", "n_action_steps", "batch_size", "videos", "observation_noise")
-        checkpoint = load_checkpoint(args.policy or default_policy(), args.device, args.solver, args.nfe)
-        seen = {"obs": "image"} if checkpoint.policy.config.image_features else {}
-        task = make_env_config(args.env, **seen | parse_options(args.option))
-        run = Run(**{name: getattr(args, name) for name in names}, packages=SIMULATORS[task.type])
-        out = args.out or Path("outputs/eval", datetime.now().strftime("%Y-%m-%d/%H-%M-%S"))
-        print(f"evaluating {checkpoint.path} into {out}\n{checkpoint.note}".strip())
-        summary = evaluate_into(out, checkpoint, task, run, args.resume, {"imports": imports})
-    except (ValueError, ModuleNotFoundError) as error:
+        with companions(args.processes):
+            evaluate(args)
+    except (ValueError, ModuleNotFoundError, ConnectionError) as error:
         raise SystemExit(f"rollout.py: {error}") from error
-    print(as_text(summary))
 
 
 if __name__ == "__main__":

@@ -89,6 +89,11 @@ class Episode:
         return cls(**named, measures={name: value for name, value in row.items() if name not in named})
 
 
+def part(path: Path, rank: int) -> Path:
+    """The file of one of the processes that share an evaluation: the first one writes to `path` itself."""
+    return path.with_suffix(f".{rank}{path.suffix}") if rank else path
+
+
 class EpisodeFile:
     """`episodes.jsonl`: a row is written and flushed as soon as its episode ends."""
 
@@ -119,6 +124,22 @@ class EpisodeFile:
         if twice:
             raise ValueError(f"{self.path} holds episodes twice: {twice[:3]}")
         return episodes
+
+
+def join_parts(path: Path) -> list[Episode]:
+    """Move the rows that several processes left in their parts to `path`, and return all of its rows.
+
+    A kill in between leaves a row in both, which counts once. None of the processes may be writing.
+    """
+    with EpisodeFile(path) as rows:
+        known = {episode.key for episode in rows.episodes}
+        for other in sorted(path.parent.glob(f"{path.stem}.*{path.suffix}")):
+            with EpisodeFile(other) as left:
+                for episode in left.episodes:
+                    if episode.key not in known:
+                        rows.append(episode)
+            other.unlink()
+        return rows.episodes
 
 
 def read_episodes(path: Path) -> list[Episode]:

@@ -19,6 +19,7 @@ def summarise(episodes: Sequence[Episode]) -> dict[str, Any]:
         every episode has; `episodes`: number of seeds, `repeats`: episodes of each; `steps`: mean length; `nfe`:
         network calls per chunk.
     """
+    episodes = sorted(episodes, key=lambda episode: episode.key)  # the last bit of a mean depends on the order
     rewards, successes = table(episodes, "max_reward"), table(episodes, "success")
     return {
         "score": float(rewards.mean()),

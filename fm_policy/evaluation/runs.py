@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from lerobot.envs.configs import EnvConfig
 from tqdm import tqdm
 
 from fm_policy.evaluation.checkpoint import Checkpoint
-from fm_policy.evaluation.episodes import Episode, EpisodeFile, EpisodeKey, plan
+from fm_policy.evaluation.episodes import Episode, EpisodeFile, EpisodeKey, join_parts, part, plan, read_episodes
 from fm_policy.evaluation.inference import ChunkSampler
 from fm_policy.evaluation.provenance import PACKAGES, describe_hardware, describe_task, versions
+from fm_policy.evaluation.ranks import ALONE, Rank
 from fm_policy.evaluation.report import chunk_times, summarise
 from fm_policy.evaluation.rollouts import BATCH_SIZE, run_episodes
 from fm_policy.evaluation.videos import Camera
@@ -72,8 +73,12 @@ def evaluate_into(
     run: Run,
     resume: bool = False,
     seconds: dict[str, float] | None = None,
+    rank: Rank = ALONE,
 ) -> dict[str, Any]:
     """Run an evaluation, or what is left of it, and write it down.
+
+    Several processes that call this together, with their ranks, share the episodes. What they write is what one alone
+    writes, but for the order of the rows; each can be killed and any number of them continue.
 
     Args:
         folder: Where to; made when needed.
@@ -82,6 +87,7 @@ def evaluate_into(
         run: Which episodes.
         resume: Continue what the folder holds.
         seconds: Wall seconds that went before, by what took them, for the record.
+        rank: Which of these processes this is.
 
     Returns:
         The summary, as written.
@@ -100,22 +106,34 @@ def evaluate_into(
         run.observation_noise,
     )
     settings = _settings(checkpoint, env_config, run, sampler)
-    _claim(folder, settings, resume)
-    with EpisodeFile(folder / "episodes.jsonl") as rows:
-        before = len(rows.episodes)
-        for episode in _progress(_run_rest(run, sampler, env_config, rows, folder), rows.episodes, len(run.jobs)):
+    path = folder / "episodes.jsonl"
+    if rank.first:
+        _claim(folder, settings, resume)
+        join_parts(path)
+    rank.wait()
+    done = read_episodes(path)
+    rank.wait()  # nobody writes before everybody has read
+    share = rank.share(_left(run, done))
+    with EpisodeFile(part(path, rank.number)) as rows:
+        episodes = _run_share(run, share, sampler, env_config, folder)
+        for episode in _progress(episodes, done, len(share), silent=not rank.first):
             rows.append(episode)
-    summary = {
-        **summarise(rows.episodes),
-        "head_nfe": checkpoint.policy.config.head_nfe,
-        "ms_per_chunk": chunk_times(sampler.calls),
-        **settings,
-        **_provenance(checkpoint),
-        "seconds": {**(seconds or {}), "evaluation": round(time.perf_counter() - start, 2)},
-        "episodes_run_now": len(rows.episodes) - before,
-    }
-    write_json(folder / "summary.json", summary)
-    return summary
+    rank.wait()
+    if rank.first:
+        rows_now = join_parts(path)
+        summary = {
+            **summarise(rows_now),
+            "head_nfe": checkpoint.policy.config.head_nfe,
+            "ms_per_chunk": chunk_times(sampler.calls),
+            **settings,
+            **_provenance(checkpoint),
+            "processes": rank.processes,
+            "seconds": {**(seconds or {}), "evaluation": round(time.perf_counter() - start, 2)},
+            "episodes_run_now": len(rows_now) - len(done),
+        }
+        write_json(folder / "summary.json", summary)
+    rank.wait()
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
@@ -152,13 +170,16 @@ def _provenance(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _run_rest(
-    run: Run, sampler: ChunkSampler, env_config: EnvConfig, rows: EpisodeFile, folder: Path
+def _left(run: Run, done: list[Episode]) -> list[EpisodeKey]:
+    keys = {episode.key for episode in done}
+    return [key for key in run.jobs if key not in keys]
+
+
+def _run_share(
+    run: Run, share: Sequence[EpisodeKey], sampler: ChunkSampler, env_config: EnvConfig, folder: Path
 ) -> Iterator[Episode]:
-    done = {episode.key for episode in rows.episodes}
-    left = [key for key in run.jobs if key not in done]
     camera = Camera(folder / "videos", run.jobs[: run.videos]) if run.videos else None
-    return run_episodes(sampler, env_config, left, run.batch_size, run.use_async_envs, camera)
+    return run_episodes(sampler, env_config, share, run.batch_size, run.use_async_envs, camera)
 
 
 def _claim(folder: Path, settings: dict[str, Any], resume: bool) -> None:
@@ -190,14 +211,14 @@ def _flatten(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _progress(episodes: Iterable[Episode], done: list[Episode], total: int) -> Iterable[Episode]:
-    """The episodes, with a bar that shows the means so far, those of earlier runs included."""
+def _progress(episodes: Iterable[Episode], done: list[Episode], share: int, silent: bool) -> Iterable[Episode]:
+    """The episodes, with a bar of this process's share that shows the means so far, those of earlier runs included."""
     rewards = sum(episode.max_reward for episode in done)
     successes = sum(episode.success for episode in done)
-    with tqdm(total=total, initial=len(done), desc="episodes", unit="ep") as bar:
-        for episode in episodes:
+    with tqdm(total=len(done) + share, initial=len(done), desc="episodes", unit="ep", disable=silent) as bar:
+        for number, episode in enumerate(episodes, start=len(done) + 1):
             rewards += episode.max_reward
             successes += episode.success
             bar.update()
-            bar.set_postfix(score=f"{rewards / bar.n:.3f}", success=f"{successes / bar.n:.3f}")
+            bar.set_postfix(score=f"{rewards / number:.3f}", success=f"{successes / number:.3f}")
             yield episode

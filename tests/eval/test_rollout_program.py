@@ -53,6 +53,16 @@ def test_a_killed_evaluation_ends_with_the_rows_of_an_unbroken_one(rollout, prog
     assert scores[0] == scores[1]
 
 
+def test_two_processes_write_what_one_writes(rollout, tmp_path, capfd):
+    arguments = ("--episodes", 5, "--nfe", 1, "--batch-size", 2)
+    rollout(*arguments, "--out", tmp_path / "two", "--processes", 2)
+    assert capfd.readouterr().out.count("episodes   5 seeds x 1 repeats") == 1
+    rollout(*arguments, "--out", tmp_path / "one")
+    assert rows(tmp_path / "two") == rows(tmp_path / "one")
+    summary = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert (summary["processes"], summary["episodes_run_now"]) == (2, 5)
+
+
 def wait_for_rows(path, count: int, process: subprocess.Popen, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not path.exists() or path.read_bytes().count(b"\n") < count:
@@ -86,7 +96,11 @@ def test_bad_arguments_are_refused_in_one_line(rollout, tmp_path, monkeypatch, a
     assert [path.name for path in tmp_path.iterdir()] == ["something"]
 
 
-def test_resuming_needs_a_folder(rollout, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--resume"], "--resume needs --out"), (["--processes", 2], "several processes need --out")],
+)
+def test_what_is_shared_or_continued_needs_a_folder(rollout, capsys, arguments, message):
     with pytest.raises(SystemExit):
-        rollout("--resume")
-    assert "--resume needs --out" in capsys.readouterr().err
+        rollout(*arguments)
+    assert message in capsys.readouterr().err

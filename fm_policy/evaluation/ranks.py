@@ -1,0 +1,107 @@
+"""Several processes that share the episodes of an evaluation.
+
+`torch.distributed.run`, or any launcher that speaks its language (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), starts
+one program several times, on one machine or on several that see the same folder; `companions` does so on this machine.
+Each process is told its rank here. Nothing but waiting for one another goes over the network: rows go to files.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+PATIENCE = timedelta(days=30)
+"""How long a process waits for the others' episodes; that one of them has ended is noticed at once."""
+
+
+class Rank(NamedTuple):
+    """Which of the processes that share an evaluation this one is."""
+
+    number: int = 0
+    processes: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that prepares, joins and tells."""
+        return self.number == 0
+
+    def share[T](self, jobs: Sequence[T]) -> Sequence[T]:
+        """Every `processes`-th job, so that the shares are disjoint, together all jobs, and of the same length within 1."""
+        return jobs[self.number :: self.processes]
+
+    def wait(self) -> None:
+        """Return when every process has come here.
+
+        Raises:
+            ConnectionError: If one of them has ended instead.
+        """
+        if self.processes == 1:
+            return
+        try:
+            dist.monitored_barrier(timeout=PATIENCE)
+        except RuntimeError as error:
+            raise ConnectionError(
+                f"another of the {self.processes} processes ended early ({error}); its rows are kept: continue with resume"
+            ) from error
+
+
+ALONE = Rank()
+
+
+def join() -> Rank:
+    """Find the other processes, if this one was started as one of several."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        return ALONE
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return Rank(dist.get_rank(), count)
+
+
+@contextmanager
+def companions(processes: int) -> Iterator[None]:
+    """Run this very program, with its arguments, in `processes - 1` further processes beside this one, the first.
+
+    Does nothing in a process that is one of several already. If this process fails, the others are ended.
+
+    Raises:
+        ValueError: If `processes` is below 1.
+        ConnectionError: If one of the others fails.
+    """
+    if processes < 1:
+        raise ValueError(f"processes must be at least 1, got {processes}")
+    if processes == 1 or "WORLD_SIZE" in os.environ:
+        yield
+        return
+    meeting = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    os.environ |= meeting | {"RANK": "0"}
+    others = [_start(rank) for rank in range(1, processes)]
+    try:
+        yield
+        failed = [rank for rank, other in enumerate(others, start=1) if other.wait()]
+        if failed:
+            raise ConnectionError(f"of {processes} processes these failed: {failed}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        for other in others:
+            other.terminate()
+            other.wait()
+        for name in (*meeting, "RANK"):
+            del os.environ[name]
+
+
+def _start(rank: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, *sys.argv], env=os.environ | {"RANK": str(rank)})
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
