@@ -19,7 +19,10 @@ def parse() -> argparse.Namespace:
     add("--repeats", type=int, default=1, help="episodes of each seed, with different noise")
     add("--seed", type=int, default=1000, help="first seed")
     add("--nfe", type=int, help="network calls per chunk; the checkpoint's if not given")
-    add("--solver", help="euler, midpoint, heun, rk4, dopri5; the checkpoint's if not given")
+    add(
+        "--solver",
+        help="euler, midpoint, heun, rk4, dopri5; of a diffusion policy ddpm, ddim; the checkpoint's if not given",
+    )
     add("--n-action-steps", type=int, help="actions of a chunk to execute; the checkpoint's if not given")
     add("--batch-size", type=int, default=64, help="environments at a time; no number depends on it")
     add("--videos", type=int, default=0, help="episodes to film")
@@ -41,14 +44,14 @@ def evaluate(args: argparse.Namespace) -> None:
     from env_configs import make_env_config, parse_options
     from env_configs.extras import SIMULATORS
     from fm_policy.assets import default_policy
-    from fm_policy.evaluation.checkpoint import load_checkpoint
+    from fm_policy.evaluation.checkpoint import load_any_checkpoint
     from fm_policy.evaluation.ranks import join
     from fm_policy.evaluation.report import as_text
     from fm_policy.evaluation.runs import Run, evaluate_into
 
     imports = round(time.perf_counter() - START, 2)
     names = ("seed", "episodes", "repeats", "n_action_steps", "batch_size", "videos", "observation_noise")
-    checkpoint = load_checkpoint(args.policy or default_policy(), args.device, args.solver, args.nfe)
+    checkpoint = load_any_checkpoint(args.policy or default_policy(), args.device, args.solver, args.nfe)
     seen = {"obs": "image"} if checkpoint.policy.config.image_features else {}
     task = make_env_config(args.env, **seen | parse_options(args.option))
     run = Run(**{name: getattr(args, name) for name in names}, packages=SIMULATORS[task.type])

@@ -2,6 +2,7 @@
 
     lerobot train policy=fm_ft env=pusht [obs=image] [net=transformer] [any LeRobot flag]
     lerobot train policy=fm_ft env=pusht [obs=image] stage=finetune --policy.path=DIR [any LeRobot flag]
+    lerobot train policy=dp_ema env=pusht [any LeRobot flag]      # the baseline: LeRobot's diffusion policy
     lerobot train policy=fm_ft env=kitchen|lift|handover|transport [stage=finetune|residual ...] [any LeRobot flag]
     lerobot eval --policy.path=DIR --env.type=fm_pusht
 
@@ -10,7 +11,7 @@ printed before it runs. LeRobot's own flags (`--steps=1000`) come last in it, so
 and for every other program, `lerobot X ...` is `lerobot-X ...`, unchanged.
 
 Should LeRobot come to ship a `lerobot` program of its own, everything is handed over to that one, except
-`train` with the word `policy=fm_ft`, to which nobody else can answer.
+`train` with a `policy=` of this package, to which nobody else can answer.
 """
 
 # LeRobot takes seconds to import: what needs it is imported in functions, so that a refusal comes at once.
@@ -29,9 +30,8 @@ from fm_policy.cli_base import base_features
 from fm_policy.cli_data import choose_data
 from fm_policy.cli_usage import UsageError, value_of
 
-POLICIES = ("fm_ft",)
-DEFAULTS = {"obs": "state", "net": recipes.DEFAULT_NET, "stage": recipes.FIRST_STAGE}
-WORDS = ("policy", "env", *DEFAULTS)
+DEFAULTS = {"obs": "state", "stage": recipes.FIRST_STAGE}
+WORDS = ("policy", "env", "obs", "net", "stage")
 
 
 def main(argv: Sequence[str] | None = None) -> int | str | None:
@@ -88,7 +88,7 @@ def _names(known: Collection[str]) -> list[str]:
 
 
 def _only_ours(words: Sequence[str]) -> bool:
-    return words[:1] == ["train"] and any(f"policy={policy}" in words for policy in POLICIES)
+    return words[:1] == ["train"] and any(f"policy={policy}" in words for policy in recipes.NETS)
 
 
 def _expand_train(words: Sequence[str]) -> list[str]:
@@ -133,10 +133,10 @@ def _choose_recipe(chosen: dict[str, str]) -> tuple[recipes.RecipeKey, Path]:
     for word in ("policy", "env"):
         if word not in chosen:
             raise UsageError(f"{_join(chosen)} lacks the word {word}=..., as in: policy=fm_ft env=pusht")
-    wanted = DEFAULTS | chosen
-    known = recipes.available()
     elsewhere = "train another policy by LeRobot's --policy.type=... alone"
-    _check_known("policy", wanted["policy"], POLICIES, note=elsewhere)
+    _check_known("policy", chosen["policy"], recipes.NETS, note=elsewhere)
+    wanted = DEFAULTS | {"net": recipes.NETS[chosen["policy"]]} | chosen
+    known = recipes.available(chosen["policy"])
     _check_known("stage", wanted["stage"], sorted({key.stage for key in known}))
     later = wanted["stage"] != recipes.FIRST_STAGE
     if later and "net" in chosen:

@@ -13,6 +13,7 @@ from fm_policy.residual.control_synth import LAYOUTS
 from fm_policy.residual.matrices import PARAMETRISATIONS
 from fm_policy.residual.nonlinearities import NONLINEARITIES
 from fm_policy.residual.stability import PENALTIES
+from fm_policy.windows import WindowedConfig
 
 STAGES = ("pretrain", "finetune", "residual")
 HEADS = (None, "control_synth", "unet")
@@ -23,7 +24,7 @@ BACKBONES = ("resnet18", "resnet34")
 
 @PreTrainedConfig.register_subclass("fm_ft")
 @dataclass
-class FlowMatchingConfig(PreTrainedConfig):
+class FlowMatchingConfig(WindowedConfig, PreTrainedConfig):
     """Everything that a flow-matching policy is made of. Fields are only ever added, never renamed.
 
     Time of a chunk, with `n_obs_steps` = 2, `horizon` = 16, `n_action_steps` = 8 (o: seen, *: predicted,
@@ -349,24 +350,35 @@ class FlowMatchingConfig(PreTrainedConfig):
         return None if calls is None else calls * self.num_solver_steps
 
     @property
-    def observation_delta_indices(self) -> list[int] | None:
-        """Steps of the observations in a window, relative to the present; None: the window store has them."""
-        return None if self.window_store else self.observation_window
+    def noise_shape(self) -> tuple[int, ...]:
+        """Shape of the noise that a chunk is made of: x0, `(horizon, action_dim)`."""
+        return (self.horizon, *self.action_feature.shape)
 
     @property
-    def action_delta_indices(self) -> list[int] | None:
-        """Steps of the actions in a window, relative to the present; None: the window store has them."""
-        return None if self.window_store else self.action_window
+    def trained_through_solver(self) -> bool:
+        """Whether the policy belongs to the grid that it is configured for."""
+        return self.stage != "pretrain"
 
-    @property
-    def observation_window(self) -> list[int]:
-        """Steps of the observations, `[1 - n_obs_steps, ..., 0]`."""
-        return list(range(1 - self.n_obs_steps, 1))
+    def set_solver(self, solver: str | None, nfe: int | None) -> None:
+        """Choose solver and network calls per chunk, each as configured if None.
 
-    @property
-    def action_window(self) -> list[int]:
-        """Steps of the actions, `horizon` of them from the first observation on."""
-        return list(range(1 - self.n_obs_steps, 1 - self.n_obs_steps + self.horizon))
+        Raises:
+            ValueError: If the solver is unknown or its steps do not add up to the network calls.
+        """
+        solver = self.solver if solver is None else solver
+        if solver not in SOLVER_CALLS:
+            raise ValueError(f"unknown solver {solver!r}: expected one of {list(SOLVER_CALLS)}")
+        calls = SOLVER_CALLS[solver]
+        if calls is None and nfe is not None:
+            raise ValueError(f"{solver} chooses its own number of network calls, NFE {nfe} cannot be set")
+        wanted = self.nfe if nfe is None else nfe
+        if calls is not None and (wanted is None or wanted < 1 or wanted % calls):
+            raise ValueError(
+                f"{solver} calls the network {calls} times per step: the NFE must be a multiple, got {wanted}"
+            )
+        self.solver = solver
+        if calls is not None and wanted is not None:
+            self.num_solver_steps = wanted // calls
 
     @property
     def reward_delta_indices(self) -> None:

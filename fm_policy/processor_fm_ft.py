@@ -2,17 +2,17 @@
 
 from typing import Any
 
+from lerobot.configs import PreTrainedConfig
 from lerobot.lerobot_types import PolicyAction
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.processor.factory import make_default_policy_processor_steps, make_policy_processor_pipelines
 from torch import Tensor
 
-from fm_policy.configuration_fm_ft import FlowMatchingConfig
 from fm_policy.window_store import WindowStoreStep
 
 
 def make_fm_ft_pre_post_processors(
-    config: FlowMatchingConfig, dataset_stats: dict[str, dict[str, Tensor]] | None = None
+    config: PreTrainedConfig, dataset_stats: dict[str, dict[str, Tensor]] | None = None
 ) -> tuple[
     PolicyProcessorPipeline[dict[str, Any], dict[str, Any]],
     PolicyProcessorPipeline[PolicyAction, PolicyAction],

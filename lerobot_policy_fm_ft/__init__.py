@@ -1,6 +1,7 @@
-"""The door that LeRobot knocks on: importing this registers the policy `fm_ft` and the tasks, nothing heavy."""
+"""The door that LeRobot knocks on: importing this registers the policies and the tasks, nothing heavy."""
 
 import env_configs  # noqa: F401
+from fm_policy.baselines.configuration_dp_ema import DiffusionEmaConfig
 from fm_policy.configuration_fm_ft import FlowMatchingConfig
 
-__all__ = ["FlowMatchingConfig"]
+__all__ = ["DiffusionEmaConfig", "FlowMatchingConfig"]

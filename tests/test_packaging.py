@@ -31,7 +31,7 @@ for package in (fm_policy.flow, fm_policy.velocity):
         importlib.import_module(module.name)
 lerobot_by_flow = "lerobot" in sys.modules
 
-import lerobot.envs.configs, lerobot.optim
+import lerobot.envs.configs, lerobot.optim, lerobot.policies
 from lerobot.utils.import_utils import register_third_party_plugins
 before = set(sys.modules)
 register_third_party_plugins()
@@ -129,7 +129,7 @@ def test_the_core_needs_no_simulator_and_each_task_has_its_extra():
 
 
 def test_lerobot_discovers_the_policy_and_the_task(probe):
-    assert "fm_ft" in probe["registered"]["policies"]
+    assert {"fm_ft", "dp_ema"} <= set(probe["registered"]["policies"])
     assert "fm_pusht" in probe["registered"]["tasks"]
 
 
@@ -137,7 +137,13 @@ def test_the_door_is_light(probe):
     """LeRobot imports it in every program: on top of LeRobot itself it may load our configurations only."""
     assert NAME in probe["by_door"]
     assert {module.partition(".")[0] for module in probe["by_door"]} <= set(PACKAGES)
-    heavy = {"fm_policy.modeling_fm_ft", "fm_policy.encoders", "fm_policy.window_store", "env_configs.demos"}
+    heavy = {
+        "fm_policy.modeling_fm_ft",
+        "fm_policy.baselines.modeling_dp_ema",
+        "fm_policy.encoders",
+        "fm_policy.window_store",
+        "env_configs.demos",
+    }
     assert heavy.isdisjoint(probe["by_door"])
 
 

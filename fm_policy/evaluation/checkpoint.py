@@ -5,22 +5,22 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.utils.device_utils import get_safe_torch_device
 
-from fm_policy.configuration_fm_ft import FlowMatchingConfig
 from fm_policy.evaluation.inference import Processor
+from fm_policy.evaluation.policies import POLICIES, ChunkPolicy
 from fm_policy.evaluation.report import nfe_text
-from fm_policy.flow.solvers import SOLVER_CALLS
 from fm_policy.modeling_fm_ft import FlowMatchingPolicy
 
 FILES = ("config.json", "model.safetensors", "policy_preprocessor.json", "policy_postprocessor.json")
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint[P: ChunkPolicy]:
     """A policy with its processors, and where it came from.
 
     Attributes:
@@ -35,13 +35,22 @@ class Checkpoint:
     path: Path
     fingerprint: str
     note: str
-    policy: FlowMatchingPolicy
+    policy: P
     preprocessor: Processor
     postprocessor: Processor
 
 
-def load_checkpoint(path: Path, device: str = "cpu", solver: str | None = None, nfe: int | None = None) -> Checkpoint:
-    """Load a checkpoint in evaluation mode.
+def load_checkpoint(
+    path: Path, device: str = "cpu", solver: str | None = None, nfe: int | None = None
+) -> Checkpoint[FlowMatchingPolicy]:
+    """Load a checkpoint of the flow-matching policy, see `load_any_checkpoint`."""
+    return _load(FlowMatchingPolicy, path, device, solver, nfe)
+
+
+def load_any_checkpoint(
+    path: Path, device: str = "cpu", solver: str | None = None, nfe: int | None = None
+) -> Checkpoint[ChunkPolicy]:
+    """Load a checkpoint of any policy that can be evaluated, in evaluation mode.
 
     Args:
         path: Folder that LeRobot's trainer, or `save_pretrained` of policy and processors, wrote.
@@ -50,22 +59,32 @@ def load_checkpoint(path: Path, device: str = "cpu", solver: str | None = None, 
         nfe: Another number of network calls per chunk than the checkpoint's.
 
     Raises:
-        ValueError: If the folder is no checkpoint of this policy, or device, solver or NFE cannot be had.
+        ValueError: If the folder is no checkpoint of such a policy, or device, solver or NFE cannot be had.
     """
-    _check_folder(path)
+    kind = _kind(path)
+    if kind not in POLICIES:
+        raise ValueError(f"{path} holds a policy of type {kind!r}, expected one of {sorted(POLICIES)}")
+    return _load(POLICIES[kind], path, device, solver, nfe)
+
+
+def _load[P: ChunkPolicy](
+    policy_class: type[P], path: Path, device: str, solver: str | None, nfe: int | None
+) -> Checkpoint[P]:
+    kind = _kind(path)
+    if kind != policy_class.name:
+        raise ValueError(f"{path} holds a policy of type {kind!r}, expected {policy_class.name!r}")
     get_safe_torch_device(device)
     config = PreTrainedConfig.from_pretrained(path)
-    assert isinstance(config, FlowMatchingConfig)  # _check_folder saw its type
     config.device = device
     own = _inference(config)
-    set_solver(config, solver, nfe)
+    config.set_solver(solver, nfe)
     now = _inference(config)
-    relation = "the checkpoint's own is" if config.stage == "pretrain" else "the checkpoint was fine-tuned through"
+    relation = "the checkpoint was fine-tuned through" if config.trained_through_solver else "the checkpoint's own is"
     note = "" if now == own else f"evaluating with {now}; {relation} {own}"
     processors = make_pre_post_processors(
         config, pretrained_path=str(path), preprocessor_overrides={"device_processor": {"device": device}}
     )
-    policy = FlowMatchingPolicy.from_pretrained(path, config=config)
+    policy = policy_class.from_pretrained(path, config=config, strict=True)
     return Checkpoint(path, fingerprint(path), note, policy.eval(), *processors)
 
 
@@ -96,26 +115,6 @@ def _parts(path: Path) -> list[str]:
     return parts[::-1]
 
 
-def set_solver(config: FlowMatchingConfig, solver: str | None, nfe: int | None) -> None:
-    """Choose solver and network calls per chunk, each as configured if None.
-
-    Raises:
-        ValueError: If the solver is unknown or its steps do not add up to the network calls.
-    """
-    solver = config.solver if solver is None else solver
-    if solver not in SOLVER_CALLS:
-        raise ValueError(f"unknown solver {solver!r}: expected one of {list(SOLVER_CALLS)}")
-    calls = SOLVER_CALLS[solver]
-    if calls is None and nfe is not None:
-        raise ValueError(f"{solver} chooses its own number of network calls, NFE {nfe} cannot be set")
-    wanted = config.nfe if nfe is None else nfe
-    if calls is not None and (wanted is None or wanted < 1 or wanted % calls):
-        raise ValueError(f"{solver} calls the network {calls} times per step: the NFE must be a multiple, got {wanted}")
-    config.solver = solver
-    if calls is not None and wanted is not None:
-        config.num_solver_steps = wanted // calls
-
-
 def fingerprint(path: Path) -> str:
     """SHA-256 over all that decides what a checkpoint does: configuration, weights, processors."""
     files = [path / "config.json", *path.glob("*.safetensors"), *path.glob("policy_*.json")]
@@ -126,19 +125,22 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _inference(config: FlowMatchingConfig) -> str:
+def _inference(config: Any) -> str:
     if config.nfe is None:
         return config.solver
     return f"{config.solver} at {nfe_text({'nfe': config.nfe, 'head_nfe': config.head_nfe})}"
 
 
-def _check_folder(path: Path) -> None:
+def _kind(path: Path) -> str | None:
+    """The type of the policy in a folder.
+
+    Raises:
+        ValueError: If it is no checkpoint.
+    """
     if not path.is_dir():
         raise ValueError(f"no checkpoint: {path} is no folder")
     missing = [name for name in FILES if not (path / name).is_file()]
     if missing:
         hint = f"; did you mean {path / 'pretrained_model'}?" if (path / "pretrained_model").is_dir() else ""
         raise ValueError(f"{path} is no whole checkpoint, it lacks {', '.join(missing)}{hint}")
-    kind = json.loads((path / "config.json").read_text(encoding="utf-8")).get("type")
-    if kind != FlowMatchingPolicy.name:
-        raise ValueError(f"{path} holds a policy of type {kind!r}, expected {FlowMatchingPolicy.name!r}")
+    return json.loads((path / "config.json").read_text(encoding="utf-8")).get("type")

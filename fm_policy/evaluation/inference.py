@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lerobot.configs import PreTrainedConfig
 from lerobot.envs.configs import EnvConfig
 from lerobot.envs.utils import preprocess_observation
 from lerobot.processor import PolicyProcessorPipeline
@@ -14,10 +15,9 @@ from lerobot.utils.constants import ACTION, OBS_STR
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fm_policy.configuration_fm_ft import FlowMatchingConfig
 from fm_policy.evaluation.episodes import EpisodeKey
+from fm_policy.evaluation.policies import ChunkPolicy
 from fm_policy.flow.noise import sample_noise
-from fm_policy.modeling_fm_ft import FlowMatchingPolicy
 
 ROW_BLOCK = 16
 """Rows of an inference call come in multiples of this.
@@ -53,7 +53,7 @@ def _generator(source: np.random.SeedSequence) -> torch.Generator:
     return torch.Generator().manual_seed(int(source.generate_state(1, np.uint64)[0]))
 
 
-def observed_numbers(config: FlowMatchingConfig) -> dict[str, int]:
+def observed_numbers(config: PreTrainedConfig) -> dict[str, int]:
     """How many numbers each observed feature has, in the order of the configuration.
 
     Raises:
@@ -77,7 +77,7 @@ def shift_observation(batch: Mapping[str, Any], numbers: Mapping[str, int], shif
     return {**batch, **{name: batch[name] + part.to(batch[name]).view_as(batch[name]) for name, part in parts}}
 
 
-def _check_task(config: FlowMatchingConfig, env_config: EnvConfig) -> None:
+def _check_task(config: PreTrainedConfig, env_config: EnvConfig) -> None:
     task = {env_config.features_map.get(name, name): spec.shape for name, spec in env_config.features.items()}
     for name, spec in ((config.input_features or {}) | (config.output_features or {})).items():
         if name not in config.image_features and name in task and tuple(task[name]) != tuple(spec.shape):
@@ -87,7 +87,7 @@ def _check_task(config: FlowMatchingConfig, env_config: EnvConfig) -> None:
             )
 
 
-def _row_block(policy: FlowMatchingPolicy, batch_size: int) -> int | None:
+def _row_block(policy: ChunkPolicy, batch_size: int) -> int | None:
     if policy.config.nfe is None:
         return None  # the adaptive solver chooses its steps for a batch as a whole: a row is itself only alone
     if next(policy.parameters()).device.type == "cpu":
@@ -109,7 +109,7 @@ class ChunkSampler:
 
     def __init__(
         self,
-        policy: FlowMatchingPolicy,
+        policy: ChunkPolicy,
         preprocessor: Processor,
         postprocessor: Processor,
         env_config: EnvConfig,
@@ -147,7 +147,8 @@ class ChunkSampler:
         self._policy, self._preprocessor, self._postprocessor = policy, preprocessor, postprocessor
         self._env_preprocessor, self._env_postprocessor = env_config.get_env_processors()
         self.row_block = _row_block(policy, batch_size)
-        self._noise_shape = (config.horizon, config.action_feature.shape[0])
+        policy.reset()  # of a history that someone may have driven it through: here each call brings its own
+        self._noise_shape = config.noise_shape
 
     def __call__(
         self,

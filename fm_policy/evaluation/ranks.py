@@ -32,7 +32,7 @@ class Rank(NamedTuple):
         return self.number == 0
 
     def share[T](self, jobs: Sequence[T]) -> Sequence[T]:
-        """Every `processes`-th job, so that the shares are disjoint, together all jobs, and of the same length within 1."""
+        """Every `processes`-th job: the shares are disjoint, together all jobs, and equally long within 1."""
         return jobs[self.number :: self.processes]
 
     def wait(self) -> None:
@@ -47,7 +47,7 @@ class Rank(NamedTuple):
             dist.monitored_barrier(timeout=PATIENCE)
         except RuntimeError as error:
             raise ConnectionError(
-                f"another of the {self.processes} processes ended early ({error}); its rows are kept: continue with resume"
+                f"another of the {self.processes} processes ended early ({error}); its rows are kept, to be resumed"
             ) from error
 
 

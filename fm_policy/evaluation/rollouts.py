@@ -25,8 +25,8 @@ from fm_policy.evaluation.inference import (
     episode_observation_noise,
     map_observation,
 )
+from fm_policy.evaluation.policies import ChunkPolicy
 from fm_policy.evaluation.videos import Camera
-from fm_policy.modeling_fm_ft import FlowMatchingPolicy
 
 BATCH_SIZE = 64
 
@@ -34,7 +34,7 @@ Info = dict[str, Any]
 
 
 def evaluate(
-    policy: FlowMatchingPolicy,
+    policy: ChunkPolicy,
     preprocessor: Processor,
     postprocessor: Processor,
     env_config: EnvConfig,

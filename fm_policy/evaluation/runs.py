@@ -17,6 +17,7 @@ from tqdm import tqdm
 from fm_policy.evaluation.checkpoint import Checkpoint
 from fm_policy.evaluation.episodes import Episode, EpisodeFile, EpisodeKey, join_parts, part, plan, read_episodes
 from fm_policy.evaluation.inference import ChunkSampler
+from fm_policy.evaluation.policies import ChunkPolicy
 from fm_policy.evaluation.provenance import PACKAGES, describe_hardware, describe_task, versions
 from fm_policy.evaluation.ranks import ALONE, Rank
 from fm_policy.evaluation.report import chunk_times, summarise
@@ -68,7 +69,7 @@ class Run:
 
 def evaluate_into(
     folder: Path,
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint[ChunkPolicy],
     env_config: EnvConfig,
     run: Run,
     resume: bool = False,
@@ -143,7 +144,9 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
     os.replace(draft, path)
 
 
-def _settings(checkpoint: Checkpoint, env_config: EnvConfig, run: Run, sampler: ChunkSampler) -> dict[str, Any]:
+def _settings(
+    checkpoint: Checkpoint[ChunkPolicy], env_config: EnvConfig, run: Run, sampler: ChunkSampler
+) -> dict[str, Any]:
     """All that decides which episodes there are and what happens in them."""
     config = checkpoint.policy.config
     return {
@@ -162,7 +165,7 @@ def _settings(checkpoint: Checkpoint, env_config: EnvConfig, run: Run, sampler: 
     }
 
 
-def _provenance(checkpoint: Checkpoint) -> dict[str, Any]:
+def _provenance(checkpoint: Checkpoint[ChunkPolicy]) -> dict[str, Any]:
     return {
         "policy": {"path": str(checkpoint.path), "fingerprint": checkpoint.fingerprint},
         "command": shlex.join(["python", *sys.argv]),

@@ -94,6 +94,11 @@ def test_words_choose_the_recipe(words, key):
     assert value(command, "config_path") == str(RECIPES[recipes.RecipeKey(*key)])
 
 
+def test_the_baseline_has_a_recipe_of_its_own():
+    command = cli.expand(["train", "policy=dp_ema", "env=pusht", *NAMED])
+    assert value(command, "config_path") == str(STATE_RECIPE.with_name("pusht_state_diffusion.json"))
+
+
 def test_flags_come_last_wherever_they_stood_between_the_words():
     command = cli.expand(["train", "--steps", "10", "policy=fm_ft", "--seed=-3", "env=pusht", *NAMED])
     assert command[-4:] == ["--steps", "10", "--seed=-3", *NAMED]
@@ -149,13 +154,16 @@ def test_help_asks_for_no_data(flag, home, conversions, capsys):
         ([*SUGAR, "obs=state", "obs=image"], r"'obs' is said twice: obs=state and obs=image"),
         (["train", "env=pusht"], r"env=pusht lacks the word policy="),
         (["train", "policy=fm_ft"], r"policy=fm_ft lacks the word env="),
-        (["train", "policy=act", "env=pusht"], r"unknown policy 'act' \(known: fm_ft; .*--policy\.type"),
+        (["train", "policy=act", "env=pusht"], r"unknown policy 'act' \(known: fm_ft, dp_ema; .*--policy\.type"),
         (
             ["train", "policy=fm_ft", "env=nope"],
             r"unknown env 'nope' \(known: handover, kitchen, lift, pusht, transport\)",
         ),
         ([*SUGAR, "obs=imgae"], r"unknown obs 'imgae', did you mean 'image'\? \(known: image, state\)"),
         ([*SUGAR, "net=mlp"], r"unknown net 'mlp' \(known: paper, transformer, unet\)"),
+        ([*SUGAR, "net=diffusion"], r"unknown net 'diffusion' \(known: paper, transformer, unet\)"),
+        (["train", "policy=dp_ema", "env=lift"], r"unknown env 'lift' \(known: pusht\)"),
+        (["train", "policy=dp_ema", "env=pusht", "stage=finetune"], r"unknown stage 'finetune' \(known: pretrain\)"),
         (
             [*SUGAR, "stage=finetuen"],
             r"unknown stage 'finetuen', did you mean 'finetune'\? \(known: finetune, pretrain, residual\)",

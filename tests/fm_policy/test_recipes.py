@@ -13,12 +13,16 @@ from lerobot.configs.default import DatasetConfig, EvalConfig
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.envs.configs import EnvConfig
+from lerobot.policies.factory import get_policy_class
 
 import lerobot_policy_fm_ft  # noqa: F401  (registers the policy and the tasks)
-from env_configs import PRESETS
+from env_configs import PRESETS, make_env_config
 from env_configs.demos.pusht_zarr import features
 from fm_policy import cli, recipes, stages
+from fm_policy.baselines.configuration_dp_ema import DiffusionEmaConfig
 from fm_policy.configuration_fm_ft import FlowMatchingConfig
+from fm_policy.evaluation.checkpoint import load_any_checkpoint
+from fm_policy.evaluation.runs import Run, evaluate_into
 from fm_policy.modeling_fm_ft import FlowMatchingPolicy
 
 RECIPES = recipes.available()
@@ -98,6 +102,29 @@ def test_a_recipe_names_every_field(key, path):
     assert names(task) - LEFT_OPEN[EnvConfig] == set(recipe["env"]) - {"type"}
     for config, section in sections.items():
         assert names(config) - LEFT_OPEN[config] == set(section) - {"type"}, config.__name__
+
+
+def test_the_recipe_of_the_baseline_names_every_field_and_shares_all_that_it_can():
+    """So that policies are compared, not settings: the same data, windows, net size, optimiser and steps."""
+    (baseline,) = recipes.available("dp_ema").values()
+    theirs, ours = read(baseline), read(baseline.with_name("pusht_state.json"))
+    assert names(DiffusionEmaConfig) - LEFT_OPEN[FlowMatchingConfig] == set(theirs["policy"]) - {"type"}
+    assert {name: value for name, value in theirs.items() if name != "policy"} == {
+        name: value for name, value in ours.items() if name != "policy"
+    }
+    shared = set(theirs["policy"]) & set(ours["policy"]) - {"type"}
+    differing = {name for name in shared if theirs["policy"][name] != ours["policy"][name]}
+    assert differing == {"spatial_softmax_num_keypoints"}  # of images, which this task does not show
+    assert theirs["policy"]["diffusion_step_embed_dim"] == ours["policy"]["time_embed_dim"]
+    assert theirs["policy"]["do_mask_loss_for_padding"]
+    sizes = [size_of(recipe) for recipe in (theirs, ours)]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.1)
+
+
+def size_of(recipe: dict) -> int:
+    config = draccus.decode(TrainPipelineConfig, recipe).policy
+    config.device = "cpu"
+    return sum(p.numel() for p in get_policy_class(config.type)(config).parameters() if p.requires_grad)
 
 
 @each(FIRST)
@@ -299,3 +326,21 @@ def test_a_recipe_trains_evaluates_and_leaves_a_policy(key, demonstrations, tmp_
     assert policy.config.velocity_net == recipe["velocity_net"]
     assert all(weights.isfinite().all() for weights in policy.state_dict().values())
     assert len(list((run / "eval").rglob("*.mp4"))) == 2
+
+
+def test_the_baseline_trains_and_is_evaluated_by_the_same_engine(demonstrations, tmp_path, monkeypatch):
+    monkeypatch.setattr("fm_policy.window_store.HF_LEROBOT_HOME", tmp_path / "home")
+    run = tmp_path / "run"
+    short = ["--steps=2", "--batch_size=4", "--env_eval_freq=0", "--policy.device=cpu"]
+    where = [f"--dataset.root={demonstrations['state']}", f"--output_dir={run}"]
+    assert cli.main(["train", "policy=dp_ema", "env=pusht", *short, *where]) is None
+
+    task = make_env_config("pusht", episode_length=9)
+    for solver, nfe in (("ddpm", 3), ("ddim", 2)):
+        checkpoint = load_any_checkpoint(run / "checkpoints" / "last" / "pretrained_model", solver=solver, nfe=nfe)
+        assert checkpoint.policy.ema_updates == 2
+        assert checkpoint.note == f"evaluating with {solver} at NFE {nfe}; the checkpoint's own is ddpm at NFE 100"
+        summary = evaluate_into(tmp_path / solver, checkpoint, task, Run(episodes=2))
+        assert (summary["solver"], summary["nfe"], summary["head_nfe"], summary["steps"]) == (solver, nfe, 0, 9)
+        alone = evaluate_into(tmp_path / f"{solver}_alone", checkpoint, task, Run(episodes=2, batch_size=1))
+        assert {alone[name] == summary[name] for name in ("score", "measures")} == {True}

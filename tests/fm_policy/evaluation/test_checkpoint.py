@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fm_policy.configuration_fm_ft import FlowMatchingConfig
-from fm_policy.evaluation.checkpoint import fingerprint, load_checkpoint, set_solver
+from fm_policy.evaluation.checkpoint import fingerprint, load_any_checkpoint, load_checkpoint
 
 
 @pytest.fixture
@@ -46,6 +46,8 @@ def test_a_policy_of_another_type_is_named(folder):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"type": "diffusion"}))
     with pytest.raises(ValueError, match="type 'diffusion', expected 'fm_ft'"):
         load_checkpoint(folder)
+    with pytest.raises(ValueError, match=r"type 'diffusion', expected one of \['dp_ema', 'fm_ft'\]"):
+        load_any_checkpoint(folder)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -75,7 +77,7 @@ def test_fingerprint_sees_weights_configuration_and_processors_and_nothing_else(
 )
 def test_nfe_is_network_calls_whatever_the_solver(solver, nfe, steps):
     config = FlowMatchingConfig(device="cpu", solver="euler", num_solver_steps=16)
-    set_solver(config, solver, nfe)
+    config.set_solver(solver, nfe)
     assert (config.solver, config.num_solver_steps) == (solver or "euler", steps)
     assert config.nfe == (nfe or 16)
 
@@ -92,12 +94,12 @@ def test_nfe_is_network_calls_whatever_the_solver(solver, nfe, steps):
 )
 def test_solvers_that_cannot_be_had_are_refused(solver, nfe, message):
     with pytest.raises(ValueError, match=message):
-        set_solver(FlowMatchingConfig(device="cpu"), solver, nfe)
+        FlowMatchingConfig(device="cpu").set_solver(solver, nfe)
 
 
 def test_an_adaptive_checkpoint_needs_an_nfe_for_a_fixed_solver():
     with pytest.raises(ValueError, match="must be a multiple, got None"):
-        set_solver(FlowMatchingConfig(device="cpu", solver="dopri5"), "euler", None)
+        FlowMatchingConfig(device="cpu", solver="dopri5").set_solver("euler", None)
 
 
 def test_another_nfe_than_the_checkpoints_is_said(checkpoint):

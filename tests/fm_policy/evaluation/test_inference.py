@@ -2,9 +2,12 @@ import pytest
 import torch
 from lerobot.configs.types import FeatureType, PolicyFeature
 
+from fm_policy.baselines.configuration_dp_ema import DiffusionEmaConfig
+from fm_policy.baselines.modeling_dp_ema import DiffusionEmaPolicy
 from fm_policy.configuration_fm_ft import FlowMatchingConfig
 from fm_policy.evaluation.episodes import EpisodeKey
 from fm_policy.evaluation.inference import ROW_BLOCK, episode_noise, episode_observation_noise
+from fm_policy.evaluation.policies import ChunkPolicy
 from fm_policy.flow.noise import sample_noise
 from fm_policy.modeling_fm_ft import FlowMatchingPolicy
 
@@ -29,12 +32,21 @@ def make_policy(features: dict, **fields) -> FlowMatchingPolicy:
     return policy.eval()
 
 
-def chunks(policy: FlowMatchingPolicy, rows: torch.Tensor) -> torch.Tensor:
+def make_baseline(**fields) -> DiffusionEmaPolicy:
+    torch.manual_seed(0)
+    inputs = {name: PolicyFeature(*feature) for name, feature in STATES.items()}
+    outputs = {"action": PolicyFeature(FeatureType.ACTION, (2,))}
+    config = DiffusionEmaConfig(input_features=inputs, output_features=outputs, device="cpu", **fields)
+    return DiffusionEmaPolicy(config).eval()
+
+
+def chunks(policy: ChunkPolicy, rows: torch.Tensor) -> torch.Tensor:
     """Chunks of some rows of 32, which always hold the same observation and noise."""
     draw = torch.Generator().manual_seed(1)
     features = policy.config.input_features.items()
-    batch = {name: torch.rand(32, *feature.shape, generator=draw)[rows] for name, feature in features}
-    return policy.predict_action_chunk(batch, noise=torch.randn(32, 16, 2, generator=draw)[rows])
+    batch = {name: torch.rand(32, 1, *feature.shape, generator=draw)[rows] for name, feature in features}
+    noise = torch.randn(32, *policy.config.noise_shape, generator=draw)
+    return policy.predict_action_chunk(batch, noise=noise[rows])
 
 
 @pytest.mark.parametrize(
@@ -50,7 +62,16 @@ def chunks(policy: FlowMatchingPolicy, rows: torch.Tensor) -> torch.Tensor:
 )
 def test_blocks_of_rows_give_each_row_the_same_bits(features, fields):
     """What the evaluation builds on: wherever a row stands, and in a call of however many blocks."""
-    policy = make_policy(features, **fields)
+    check_rows(make_policy(features, **fields))
+
+
+@pytest.mark.parametrize("kind", ["DDPM", "DDIM"])
+def test_blocks_of_rows_give_each_row_of_the_baseline_the_same_bits(kind):
+    steps = {"noise_scheduler_type": kind, "num_inference_steps": 3}
+    check_rows(make_baseline(down_dims=(32, 64, 128), diffusion_step_embed_dim=64, **steps))
+
+
+def check_rows(policy: ChunkPolicy) -> None:
     everything = chunks(policy, torch.arange(32))
     for rows in (torch.arange(32).flip(0), torch.arange(5, 5 + ROW_BLOCK)):
         assert torch.equal(chunks(policy, rows), everything[rows])

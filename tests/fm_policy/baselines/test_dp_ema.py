@@ -1,0 +1,143 @@
+"""LeRobot's diffusion policy as a baseline: what it adds, and that it is otherwise LeRobot's."""
+
+import pytest
+import torch
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
+from lerobot.policies.diffusion.modeling_diffusion import DiffusionModel
+from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+
+from fm_policy.baselines.configuration_dp_ema import DiffusionEmaConfig
+from fm_policy.baselines.modeling_dp_ema import DiffusionEmaPolicy
+from fm_policy.ema import ema_decay
+from fm_policy.window_store import WindowStoreStep
+
+INPUTS = {
+    "observation.state": PolicyFeature(FeatureType.STATE, (2,)),
+    "observation.environment_state": PolicyFeature(FeatureType.ENV, (16,)),
+}
+OUTPUTS = {"action": PolicyFeature(FeatureType.ACTION, (2,))}
+SMALL = {"down_dims": (16, 32), "n_groups": 4, "diffusion_step_embed_dim": 16, "num_train_timesteps": 20}
+
+
+def config(**changes) -> DiffusionEmaConfig:
+    return DiffusionEmaConfig(input_features=INPUTS, output_features=OUTPUTS, device="cpu", **SMALL | changes)
+
+
+def policy(**changes) -> DiffusionEmaPolicy:
+    torch.manual_seed(0)
+    return DiffusionEmaPolicy(config(**changes))
+
+
+def windows(size: int = 4) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    batch = {name: torch.rand(size, 1, *ft.shape, generator=draw) * 2 - 1 for name, ft in INPUTS.items()}
+    action = torch.rand(size, 16, 2, generator=draw) * 2 - 1
+    return batch | {"action": action, "action_is_pad": torch.zeros(size, 16, dtype=torch.bool)}
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("DDPM", 20), ("DDPM", 7), ("DDIM", 20), ("DDIM", 8)])
+def test_chunks_are_lerobots_for_the_same_noise(kind, steps):
+    """Diffusers' own scheduler draws what ours is handed."""
+    ours = policy(noise_scheduler_type=kind, num_inference_steps=steps).eval()
+    theirs = DiffusionModel(ours.config).eval()
+    theirs.load_state_dict(ours.ema_diffusion.state_dict())
+    draw = torch.Generator().manual_seed(5)
+    draws = [torch.randn(3, 16, 2, generator=draw) for _ in range(steps)]
+    noise = torch.stack(draws, dim=1) if kind == "DDPM" else draws[0]
+    assert noise.shape[1:] == ours.config.noise_shape
+    again = torch.Generator().manual_seed(5)
+    start = torch.randn(3, 16, 2, generator=again)
+    o = torch.randn(3, 18, generator=torch.Generator().manual_seed(6))
+    with torch.no_grad():
+        chunk = ours.diffusion.conditional_sample(3, o, noise=noise)
+        expected = theirs.conditional_sample(3, o, generator=again, noise=start)
+    assert chunk.abs().max() <= 1
+    torch.testing.assert_close(chunk, expected, atol=1e-4, rtol=0)
+
+
+def test_every_reverse_step_of_ddpm_but_the_last_adds_noise_of_its_own():
+    ours = policy(num_inference_steps=4).eval()
+    noise, batch = torch.randn(1, 4, 16, 2), {name: windows(1)[name] for name in INPUTS}
+    chunk = ours.predict_action_chunk(batch, noise=noise)
+    assert torch.equal(ours.predict_action_chunk(batch, noise=noise.clone()), chunk)
+    for step in range(4):
+        other = noise.clone()
+        other[:, step] += 0.1
+        assert not torch.equal(ours.predict_action_chunk(batch, noise=other), chunk)
+    with pytest.raises(ValueError, match=r"noise must have the shape \(1, 4, 16, 2\), got \(1, 16, 2\)"):
+        ours.predict_action_chunk(batch, noise=noise[:, 0])
+
+
+def test_the_average_follows_the_weights_and_speaks_in_evaluation_mode():
+    ours = policy()
+    kept = {name: value.clone() for name, value in ours.ema_diffusion.state_dict().items()}
+    optimizer = torch.optim.SGD(ours.get_optim_params(), lr=0.1)
+    for update in (1, 2, 3):
+        ours.forward(windows())[0].backward()
+        optimizer.step()
+        ours.update()
+        live, decay = ours.diffusion.state_dict(), ema_decay(update)
+        kept = {name: torch.lerp(live[name], value, decay) for name, value in kept.items()}
+    average = ours.ema_diffusion.state_dict()
+    assert all(torch.allclose(average[name], value, atol=1e-6) for name, value in kept.items())
+    assert any(not torch.equal(average[name], live[name]) for name in live)
+    assert ours.eval().diffusion is ours.ema_diffusion
+    assert ours.train().diffusion is not ours.ema_diffusion
+
+
+def test_what_is_trained_does_not_depend_on_the_mode_and_leaves_the_average_out():
+    ours = policy()
+    trained = {id(parameter) for parameter in ours.eval().get_optim_params()}
+    assert trained == {id(parameter) for parameter in ours.train().diffusion.parameters()}
+
+
+def test_padding_is_no_part_of_the_loss():
+    """With the weights of the last layer zero, every prediction is its bias: the loss is that of the frames alone."""
+    ours, batch = policy(prediction_type="sample"), windows()
+    last = ours.diffusion.unet.final_conv[-1]
+    last.weight.data.zero_()
+    batch["action_is_pad"][:, 10:] = True
+    expected = (last.bias - batch["action"][:, :10]).square().mean()
+    assert ours.forward(batch)[0].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_every_kind_of_feature_is_normalised_and_windows_come_from_the_store():
+    assert set(config().normalization_mapping) == {"VISUAL", "STATE", "ENV", "ACTION"}
+    stored, plain = config(window_store=True), config(n_obs_steps=2, horizon=4, n_action_steps=2)
+    assert stored.observation_delta_indices is stored.action_delta_indices is None
+    assert (stored.observation_window, len(stored.action_window)) == ([0], 16)
+    lerobot = DiffusionConfig(n_obs_steps=2, horizon=4, n_action_steps=2, down_dims=(16, 32), device="cpu")
+    assert plain.observation_delta_indices == lerobot.observation_delta_indices
+    assert plain.action_delta_indices == lerobot.action_delta_indices
+    preprocessor, _ = make_pre_post_processors(stored, dataset_stats=None)
+    assert isinstance(preprocessor.steps[0], WindowStoreStep)
+
+
+def test_lerobot_finds_the_policy_by_its_type_and_it_comes_back_from_disk(tmp_path):
+    assert get_policy_class("dp_ema") is DiffusionEmaPolicy
+    ours = policy()
+    ours.update()
+    ours.save_pretrained(tmp_path)
+    again = DiffusionEmaPolicy.from_pretrained(tmp_path, strict=True)
+    assert again.config.type == "dp_ema" and not again.training
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in ours.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("solver", "nfe", "expected"),
+    [(None, None, ("ddpm", 20, (20, 16, 2))), ("ddim", 8, ("ddim", 8, (16, 2))), (None, 5, ("ddpm", 5, (5, 16, 2)))],
+)
+def test_solver_and_calls_are_chosen(solver, nfe, expected):
+    chosen = config()
+    chosen.set_solver(solver, nfe)
+    assert (chosen.solver, chosen.nfe, chosen.noise_shape) == expected
+
+
+@pytest.mark.parametrize(
+    ("solver", "nfe", "message"),
+    [("euler", None, "'euler' of a diffusion policy"), ("ddim", 0, "from 1 to 20, got 0"), (None, 21, "got 21")],
+)
+def test_solvers_that_cannot_be_had_are_refused(solver, nfe, message):
+    with pytest.raises(ValueError, match=message):
+        config().set_solver(solver, nfe)
