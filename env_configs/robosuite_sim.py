@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from env_configs.extras import not_installed
+from env_configs.robosuite_control import ControlLoop
 from env_configs.robosuite_models import Progress, Task
 from env_configs.rotations import to_six
 
@@ -55,6 +56,7 @@ class Simulator:
         used = {f"robot{arm}_{name}" for arm in range(task.arms) for name in _OBSERVED}
         all_of_them = self._env._observables.items()
         self._observables = [seen for name, seen in all_of_them if seen.modality == "object" or name in used]
+        self._loop = ControlLoop(self._env)
 
     def reset(self, seed: int, recorded: ET.Element | None = None) -> None:
         """Goes to the start that a seed stands for: robosuite's own after `numpy.random.seed(seed)`.
@@ -67,6 +69,7 @@ class Simulator:
         self._close_renderer()  # it draws one model
         with _quiet(), _numpy_seeded(seed):
             self._env.reset()
+        self._loop = ControlLoop(self._env)
         if recorded is not None and self.task.adopt is not None:
             self.task.adopt(self._env)
 
@@ -89,7 +92,7 @@ class Simulator:
 
     def step(self, action: NDArray) -> None:
         """Drives the arms for 0.05 s; for each arm position 3, axis times angle 3, gripper 1 (-1 opens, 1 closes)."""
-        self._env.step(action)
+        self._loop.step(action)
 
     @property
     def solved(self) -> bool:
