@@ -23,8 +23,8 @@ OPEN, CLOSED = -1.0, 1.0
 FAST, SLOW = 0.05, 0.02
 """Longest ways of one command, m. The hand settles at some six times as much for each second."""
 
-_TURN = 0.4
-"""Longest turn of one command, rad; a delta action can ask for 0.5."""
+_TURN = 0.15
+"""Longest turn of one command, rad. A delta action can ask for 0.5, but then a folded arm's hand sways by 10 cm."""
 
 _GAIN = 2.0
 """Way commanded for each way that is left. With 1 the joints' friction stops the hand 1 to 2.5 cm short."""
@@ -35,8 +35,18 @@ _SURGE = 0.01
 _CREEP, _CREEP_AT_MOST, _NEAR = 0.15, 0.02, 0.03
 """Share of what is left that is added with each step (at most 2 cm) once the hand is near (m): the rest of friction."""
 
-_FINGERS = 12
-"""Steps in which the fingers open or close."""
+_STILL = 0.002
+"""Way of one step up to which friction holds the hand, m; to add up what is left while it moves would overshoot."""
+
+_OVER, _BOW = 0.01, 0.09
+"""How far a hand on a detour is from its last, straight leg when it turns into it, and how much farther before, m."""
+
+_FINGERS, _FIRM, _FREE = 12, 2, 6
+"""Steps in which the fingers close, after which what they touch is held, and in which they open enough to leave."""
+
+
+class GaveUpError(Exception):
+    """A hand has tried something as often as it may; the attempt has failed."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,12 @@ class Pose:
         """The pose that is `way` (m) higher."""
         return Pose(self.position + np.array([0.0, 0.0, way]), self.rotation)
 
+    def by_way_of(self, detour: Vector, hand: Vector) -> "Pose":
+        """The pose displaced by `detour` (3,), m, or by less where `hand` (3,) is near the line from there to here."""
+        aside = float(np.linalg.norm(np.cross(detour, hand - self.position)) / np.linalg.norm(detour))
+        share = min(1.0, max(0.0, aside - _OVER) / _BOW)
+        return Pose(self.position + share * detour, self.rotation)
+
 
 def downward(facing: Vector, tilt: float = 0.0) -> NDArray[np.float64]:
     """The rotation (3, 3) of a hand that points down, its back behind it and its fingers moving sideways.
@@ -71,6 +87,12 @@ def downward(facing: Vector, tilt: float = 0.0) -> NDArray[np.float64]:
     sideways = np.array([-ahead[1], ahead[0], 0.0])
     along = np.sin(tilt) * ahead - np.cos(tilt) * np.array([0.0, 0.0, 1.0])
     return np.stack([sideways, np.cross(along, sideways), along], axis=1)
+
+
+def turned(direction: Vector, angle: float) -> Vector:
+    """A direction (3,) turned about the vertical by an angle, rad."""
+    c, s = np.cos(angle), np.sin(angle)
+    return np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]]) @ direction
 
 
 class Hand:
@@ -93,6 +115,7 @@ class Hand:
         self._site = self._robot.eef_site_id["right"]
         self._goal = Pose(self.position, self.rotation)
         self._grip = OPEN
+        self._last = self.position
         self._way: Vector = np.zeros(3)
         self._creep: Vector = np.zeros(3)
         self._pace = rng.uniform(0.85, 1.0)
@@ -116,7 +139,12 @@ class Hand:
         return self._towards(self._goal, SLOW)
 
     def go(
-        self, goal: Pose | Callable[[], Pose], longest: float = FAST, within: float = 0.015, patience: int = 120
+        self,
+        goal: Pose | Callable[[], Pose],
+        longest: float = FAST,
+        within: float = 0.015,
+        patience: int = 120,
+        detour: Vector | None = None,
     ) -> Try:
         """Goes to a pose.
 
@@ -125,6 +153,7 @@ class Hand:
             longest: longest way of one command, m: the speed.
             within: how near is near enough, m; and ten times as much in rad.
             patience: steps after which the hand gives up.
+            detour: (3,), m, by how much the hand comes in a bow around what stands in the way.
 
         Returns:
             Whether it is there.
@@ -133,15 +162,19 @@ class Hand:
             target = goal() if callable(goal) else goal
             if self._is_at(target, within):
                 return True
-            yield self._towards(target, longest)
+            yield self._towards(target if detour is None else target.by_way_of(detour, self.position), longest)
         return False
 
-    def grip(self, steps: int = _FINGERS) -> Step:
-        """Closes the fingers."""
+    def grip(self, shapes: list[str]) -> Step:
+        """Closes the fingers until they hold one of these shapes, or are closed."""
         self._grip = CLOSED
-        yield from self.wait(steps)
+        for _ in range(_FINGERS):
+            yield self.stay()
+            if self.holds(shapes):
+                break
+        yield from self.wait(_FIRM)
 
-    def let_go(self, steps: int = _FINGERS) -> Step:
+    def let_go(self, steps: int = _FREE) -> Step:
         """Opens the fingers."""
         self._grip = OPEN
         yield from self.wait(steps)
@@ -156,7 +189,7 @@ class Hand:
         while not happened():
             yield self.stay()
 
-    def pause(self, most: int = 6) -> Step:
+    def pause(self, most: int = 3) -> Step:
         """Keeps to the last goal for up to `most` steps."""
         yield from self.wait(int(self._rng.integers(most + 1)))
 
@@ -173,9 +206,10 @@ class Hand:
         """The command that leads towards a pose: faster from step to step, slower as it comes near."""
         if np.linalg.norm(goal.position - self._goal.position) > _NEAR:
             self._creep = np.zeros(3)
-        self._goal = goal
+        moved = float(np.linalg.norm(self.position - self._last))
+        self._goal, self._last = goal, self.position
         left = goal.position - self.position
-        if np.linalg.norm(left) < _NEAR:
+        if np.linalg.norm(left) < _NEAR and moved < _STILL:
             self._creep = _at_most(self._creep + _CREEP * left, _CREEP_AT_MOST)
         wanted = _at_most(_GAIN * left, self._pace * longest)
         self._way = self._way + _at_most(wanted - self._way, _SURGE)

@@ -1,21 +1,25 @@
-"""A hammer goes from hand to hand: picked up at one end of its handle, held out, taken at the other end."""
+"""A hammer goes from hand to hand: picked up near the middle, held out, taken at the end of its handle."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from env_configs.experts.arm import SLOW, Hand, Pose, Step, Try, Vector, downward
+from env_configs.experts.arm import SLOW, GaveUpError, Hand, Pose, Step, Try, Vector, downward
 
 _AT_HEAD, _AT_TAIL = 0.014, 0.008
 """Nearest that a hand's middle comes to the head and to the other end, m; a finger is 2 cm wide."""
 
-_WALLS = 0.16
-"""Height up to which walls may stand around a hammer, m."""
+_OVER_WALLS, _BOW = 0.16, 0.15
+"""How far up and to the front a hand goes around the walls that may stand by a hammer and its own arm's base, m."""
 
-_APART = 0.11
-"""Distance between the two hands on the handle where it is long enough, m."""
+_OUT, _APART = 0.08, 0.11
+"""Distances of the second hand from the handle's middle and between the hands, m, where the handle is long enough."""
+
+OFF_FLOOR = 0.007
+"""How far above the middle of a lying thing it is gripped, m: the tips would rub along the floor."""
+
+TRIES = 3
+"""How often a hand tries before it gives up."""
 
 
 class Hammer:
@@ -46,102 +50,116 @@ class Hammer:
 
     @property
     def near(self) -> Vector:
-        """Where the first hand grips, (3,), m."""
-        return self.position - min(_APART / 2, self._free(-self._far)) * self.outward
+        """Where the first hand grips, (3,), m: not so near to its arm's base that its elbow cannot fold enough."""
+        return self.position + max(self._out - _APART, -self._free(-self._far)) * self.outward
 
     @property
     def far(self) -> Vector:
         """Where the second hand grips, (3,), m."""
-        return self.position + min(_APART / 2, self._free(self._far)) * self.outward
+        return self.position + self._out * self.outward
 
     def turn_far_end(self, front: Vector) -> None:
         """Takes for the far end the one that points to `front`."""
         if self.outward @ front < 0:
             self._far = -self._far
 
+    @property
+    def _out(self) -> float:
+        return min(_OUT, self._free(self._far))
+
     def _free(self, end: float) -> float:
         return self._half - (_AT_HEAD if end > 0 else _AT_TAIL)
 
 
-def pick_up(hand: Hand, hammer: Hammer, rise: float, rng: np.random.Generator, tries: int = 3) -> Try:
-    """Grips the lying hammer near its near end and lifts it.
+def bring(hand: Hand, hammer: Hammer, rise: float, held: Pose, rng: np.random.Generator) -> Step:
+    """Picks the hammer up and holds it out; what falls on the way is picked up again.
+
+    Args:
+        hand: the first hand.
+        hammer: the hammer.
+        rise: how high to lift, m.
+        held: see `hold_out`.
+        rng: see `pick_up`.
+
+    Raises:
+        GaveUpError: the hammer was not brought.
+    """
+    for _ in range(TRIES):
+        if (yield from pick_up(hand, hammer, rise, rng)) and (yield from hold_out(hand, hammer, held)):
+            return
+        yield from hand.let_go()
+    raise GaveUpError
+
+
+def pick_up(hand: Hand, hammer: Hammer, rise: float, rng: np.random.Generator) -> Try:
+    """Grips the lying hammer and lifts it.
 
     Args:
         hand: the first hand.
         hammer: the hammer.
         rise: how high to lift, m.
         rng: decides the tilt and the height of the approach.
-        tries: how often it is tried.
 
     Returns:
         Whether the hand has it.
     """
-    for _ in range(tries):
-        hammer.turn_far_end(hand.front)
-        rotation = downward(hammer.outward, rng.uniform(0.05, 0.2))
+    hammer.turn_far_end(hand.front)
+    rotation = downward(hammer.outward, rng.uniform(-0.15, -0.05))
+    detour = np.array([0.0, 0.0, _OVER_WALLS]) + _BOW * hand.front
+    height = rng.uniform(0.05, 0.07)
 
-        def goal(rotation: NDArray[np.float64] = rotation) -> Pose:
-            return Pose(hammer.near, rotation)
+    def goal() -> Pose:
+        return Pose(hammer.near, rotation).up(OFF_FLOOR)
 
-        yield from hand.go(goal().up(rng.uniform(0.08, 0.12)), within=0.02)
-        yield from hand.pause()
-        yield from hand.go(goal, SLOW, within=0.006, patience=60)
-        yield from hand.grip()
-        start = Pose(hand.position, rotation)
-        yield from hand.go(start.up(min(rise, _WALLS)), SLOW, within=0.03)  # fast, an arm sways into the walls
-        yield from hand.go(start.up(rise), within=0.03)
-        if hand.holds(hammer.shapes):
-            return True
-        yield from hand.let_go()
-    return False
+    yield from hand.go(lambda: goal().up(height), within=0.03, detour=detour)
+    yield from hand.pause()
+    yield from hand.go(goal, SLOW, within=0.01, patience=60)
+    yield from hand.grip(hammer.handle)
+    yield from hand.go(Pose(hand.position, rotation).up(rise), within=0.03, patience=60)
+    return hand.holds(hammer.shapes)
 
 
-def hold_out(hand: Hand, hammer: Hammer, place: Vector, turn: float, tilt: float) -> Try:
-    """Brings the hammer's middle to a place, its far end to the front.
+def hold_out(hand: Hand, hammer: Hammer, held: Pose) -> Try:
+    """Brings the hammer to where the other hand can take it.
 
     Args:
         hand: the hand that holds it.
         hammer: the hammer.
-        place: (3,), m.
-        turn: angle of the hand from its front about the vertical, rad.
-        tilt: of the hand, rad.
+        held: the position of the hammer's middle and the rotation of the hand.
 
     Returns:
         Whether the hand still has it.
     """
-    c, s = np.cos(turn), np.sin(turn)
-    rotation = downward(np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]]) @ hand.front, tilt)
 
     def goal() -> Pose:
-        return Pose(hand.position + place - hammer.position, rotation)
+        return Pose(hand.position + held.position - hammer.position, held.rotation)
 
-    yield from hand.go(goal, within=0.02)
+    yield from hand.go(goal, within=0.03)
     return hand.holds(hammer.shapes)
 
 
-def take(hand: Hand, hammer: Hammer, tilt: float, tries: int = 3) -> Try:
+def take(hand: Hand, hammer: Hammer, tilt: float) -> Step:
     """Grips the far end of the hammer that the other hand holds out.
 
-    Returns:
-        Whether the hand has its handle.
+    Raises:
+        GaveUpError: the hand did not get it.
     """
-    for _ in range(tries):
+    for _ in range(TRIES):
 
         def goal(back: float = 0.0) -> Pose:
             return Pose(hammer.far, downward(-hammer.outward, tilt)).back(back)
 
         yield from hand.go(lambda: goal(0.1), within=0.025)
         yield from hand.pause()
-        yield from hand.go(goal, SLOW, within=0.008, patience=80)
-        yield from hand.grip()
+        yield from hand.go(goal, SLOW, within=0.012, patience=60)
+        yield from hand.grip(hammer.handle)
         if hand.holds(hammer.handle):
-            return True
+            return
         yield from hand.let_go()
-    return False
+    raise GaveUpError
 
 
-def release(hand: Hand, away: Callable[[], Pose]) -> Step:
-    """Lets go of the hammer and draws back, the way the fingers point and then to a pose."""
+def leave(hand: Hand) -> Step:
+    """Leaves the hammer to the other hand: straight up, or the head would catch on the fingers."""
     yield from hand.let_go()
-    yield from hand.go(Pose(hand.position, hand.rotation).back(0.1), within=0.03)
-    yield from hand.go(away(), within=0.05)
+    yield from hand.go(Pose(hand.position, hand.rotation).up(0.1), within=0.04)

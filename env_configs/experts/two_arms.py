@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from env_configs.experts.arm import Hand, Vector
+from env_configs.experts.arm import GaveUpError, Hand, Vector
 from env_configs.experts.attempt import Attempt
 from env_configs.robosuite_models import TASKS
 from env_configs.robosuite_tasks import ACTIONS, RobosuiteTask
@@ -25,7 +25,7 @@ _LOST = 0.6
 
 
 def perform(name: str, plan: Plan, seed: int, options: Mapping[str, str]) -> Attempt:
-    """One attempt, which ends with the success, with the last step, or when the task's object lies on the floor.
+    """One attempt: up to the success or the last step, or until a hand gives up or the object lies on the floor.
 
     Args:
         name: the task, a name in `TASKS`.
@@ -47,7 +47,10 @@ def perform(name: str, plan: Plan, seed: int, options: Mapping[str, str]) -> Att
     scripts = plan(simulator, *hands, rng)
     rows: dict[str, list[Any]] = {"observation.state": [], "observation.environment_state": [], "action": []}
     for _ in range(TASKS[name].episode_length):
-        commands = [next(script, None) for script in scripts]
+        try:
+            commands = [next(script, None) for script in scripts]
+        except GaveUpError:
+            break
         if all(command is None for command in commands) or _is_lost(seen["environment_state"]):
             break
         ways = [hand.stay() if way is None else way for hand, way in zip(hands, commands, strict=True)]
