@@ -19,6 +19,9 @@ GOAL_POSE = np.array([256.0, 256.0, np.pi / 4])
 SUCCESS_COVERAGE = 0.95
 """Share of the target that the block must cover, exclusive, for a success."""
 
+CENTRE_OF_MASS = np.array([0.0, 45.0])
+"""In the block's own frame; gym-pusht turns the block about it after it has placed it."""
+
 _BAR = [(-60.0, 0.0), (60.0, 0.0), (60.0, 30.0), (-60.0, 30.0)]
 _STEM = [(-15.0, 30.0), (15.0, 30.0), (15.0, 120.0), (-15.0, 120.0)]
 CORNERS = np.array(_BAR + _STEM)
@@ -39,6 +42,21 @@ def place(points: NDArray, poses: NDArray) -> NDArray[np.float64]:
     cos, sin = np.cos(poses[:, 2]), np.sin(poses[:, 2])
     rotation = np.stack([np.stack([cos, -sin], -1), np.stack([sin, cos], -1)], -2)
     return np.einsum("nij,kj->nki", rotation, points) + poses[:, None, :2]
+
+
+def start_poses(starts: NDArray) -> NDArray[np.float64]:
+    """Where the block lies at some starts, which are in the legacy convention: placed first, then turned.
+
+    Args:
+        starts: (N, 5), `initial_state` of the task: agent x, y, block x, y, angle.
+
+    Returns:
+        Poses, (N, 3).
+    """
+    starts = np.asarray(starts, dtype=np.float64)
+    turned = starts[:, 2:] * [0.0, 0.0, 1.0]
+    placed = starts[:, 2:4] + CENTRE_OF_MASS - place(CENTRE_OF_MASS[None], turned)[:, 0]
+    return np.column_stack([placed, starts[:, 4]])
 
 
 def keypoints(poses: NDArray) -> NDArray[np.float64]:

@@ -5,29 +5,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fm_policy.evaluation.episodes import Episode, plan, read_episodes
+from fm_policy.evaluation.finished import read_finished
 from fm_policy.evaluation.report import nfe_text
 from fm_policy.evaluation.statistics import Interval, paired_difference, table, wins_and_losses
 
 KEPT = ("score", "score_interval", "success", "success_interval", "nfe")
 # Kept too; the oldest summaries lack them, and these are what held then.
 ADDED = {"head_nfe": 0, "observation_noise": 0.0}
-
-
-def read(folder: Path) -> tuple[dict[str, Any], list[Episode]]:
-    """Summary and episodes of an evaluation.
-
-    Raises:
-        ValueError: If it is not there, not finished or not whole.
-    """
-    if not (folder / "summary.json").is_file():
-        raise ValueError(f"{folder} holds no finished evaluation, it lacks summary.json")
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    episodes = read_episodes(folder / "episodes.jsonl")
-    planned = plan(range(summary["seed"], summary["seed"] + summary["episodes"]), summary["repeats"])
-    if sorted(episode.key for episode in episodes) != sorted(planned):
-        raise ValueError(f"{folder} is not whole: episodes.jsonl does not hold the episodes that summary.json names")
-    return summary, episodes
 
 
 def kept(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
@@ -55,7 +39,7 @@ def compare(folders: list[Path], any_noise: bool = False) -> list[dict[str, Any]
     Raises:
         ValueError: If one cannot be read, or is not of the first one's seeds, repeats and task.
     """
-    (expected, reference), *others = [read(folder) for folder in folders]
+    (expected, reference), *others = [read_finished(folder) for folder in folders]
     records = [kept(folders[0], expected)]
     for folder, (summary, episodes) in zip(folders[1:], others, strict=True):
         there, here = conditions(expected, any_noise), conditions(summary, any_noise)

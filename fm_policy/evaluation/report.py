@@ -1,6 +1,6 @@
 """The result of an evaluation, as a record and as text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,7 +74,7 @@ def as_text(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def nfe_text(record: dict[str, Any]) -> str:
+def nfe_text(record: Mapping[str, Any]) -> str:
     """The calls per chunk that a record names: of the velocity net, and the head's beside them where there is one."""
     return f"NFE {record['nfe']:g}" + (f" + {record['head_nfe']}" if record["head_nfe"] else "")
 

@@ -10,7 +10,7 @@ from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
+from scipy.special import bdtr, stdtrit
 
 from fm_policy.evaluation.episodes import Episode
 
@@ -106,6 +106,30 @@ def paired_difference(
 def wins_and_losses(values: NDArray[np.float64], reference: NDArray[np.float64]) -> tuple[int, int]:
     """How often values exceed the reference on the same seed and repeat, and how often they fall below it."""
     return int((values > reference).sum()), int((values < reference).sum())
+
+
+def bootstrap_interval(
+    differences: NDArray[np.float64], confidence: float = CONFIDENCE, resamples: int = 10_000
+) -> Interval | None:
+    """Percentile interval (Efron 1979) of a mean over seeds; None for a single seed. The same for the same numbers.
+
+    Args:
+        differences: One number of each seed, `(seeds,)`.
+        confidence: Coverage, in (0, 1).
+        resamples: How often the seeds are drawn anew.
+    """
+    seeds = len(differences)
+    if seeds < 2:
+        return None
+    counts = np.random.default_rng(0).multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)
+    low, high = np.quantile(counts @ differences / seeds, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """Two-sided p-value of the exact sign test: how often fair coins are as uneven as this; ties do not count."""
+    tosses = wins + losses
+    return float(min(1.0, 2 * bdtr(min(wins, losses), tosses, 0.5))) if tosses else 1.0
 
 
 def best_of_repeats(values: NDArray[np.float64]) -> float:

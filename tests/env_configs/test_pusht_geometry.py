@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from env_configs.pusht_geometry import GOAL_POSE, coverage, keypoints
+from env_configs import make_env_config
+from env_configs.pusht_geometry import GOAL_POSE, coverage, keypoints, start_poses
 
 PushTEnv = pytest.importorskip("gym_pusht.envs.pusht", reason="needs the extra pusht").PushTEnv
 
@@ -50,3 +51,10 @@ def test_coverage_is_the_simulators(simulator, poses):
 def test_the_goal_is_covered_by_a_block_in_the_goal():
     assert coverage(GOAL_POSE[None])[0] == pytest.approx(1)
     assert coverage(GOAL_POSE[None] + [0, 0, 2 * np.pi])[0] == pytest.approx(1)
+
+
+def test_the_block_lies_where_its_start_says():
+    env = make_env_config("pusht").make()
+    told = [env.reset(seed=seed)[1] for seed in range(5)]
+    lying = start_poses(np.array([info["initial_state"] for info in told]))
+    np.testing.assert_allclose(lying, [info["block_pose"] for info in told], atol=1e-9)

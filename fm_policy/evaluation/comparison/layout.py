@@ -1,0 +1,129 @@
+"""What a table shows: its rows, methods with a checkpoint, and its columns, tasks with their seeds.
+
+As JSON:
+
+    {"base": "FM 16",
+     "methods": [{"name": "FM", "policy": "DIR", "nfe": [1, 4, 16], "repeats": 10},
+                 {"name": "DDIM", "policy": {"pusht_b": "DIR", "kitchen": "DIR"}, "nfe": 16, "solver": "ddim"},
+                 {"name": "FT-FM", "run": "outputs/train/second", "nfe": 16}],
+     "tasks": [{"env": "pusht_b", "episodes": 500, "repeats": 2, "seed": 1000}]}
+
+Several `nfe` make a row of each; a `run` of LeRobot's trainer makes a row of each of its checkpoints. `policy` is one
+folder, or one for each task. `solver`, `nfe` and `repeats` are the checkpoint's and the task's unless they are named.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method at some number of network calls.
+
+    Attributes:
+        name: The series, and what tells this row from its others.
+        series: Name of the method, which its rows share.
+        policies: Folder of the checkpoint by task; under None the one for all of them.
+        nfe: Network calls per chunk; None: the checkpoint's.
+        solver: None: the checkpoint's.
+        repeats: Episodes of each seed; None: the column's.
+        step: Training step, where the row is one checkpoint of a run.
+    """
+
+    name: str
+    series: str
+    policies: Mapping[str | None, Path]
+    nfe: int | None = None
+    solver: str | None = None
+    repeats: int | None = None
+    step: int | None = None
+
+    def policy_for(self, column: "Column") -> Path | None:
+        """The checkpoint for a task; None where there is none."""
+        return self.policies.get(column.name, self.policies.get(None))
+
+
+@dataclass(frozen=True)
+class Column:
+    """A task and its starts; see `Run` for the numbers."""
+
+    name: str
+    env: str
+    options: Mapping[str, str] = field(default_factory=dict)
+    seed: int = 1000
+    episodes: int = 500
+    repeats: int = 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Rows, columns, and the row that the others are compared with."""
+
+    rows: Sequence[Row]
+    columns: Sequence[Column]
+    base: Row
+
+
+def read_layout(description: Mapping[str, Any]) -> Layout:
+    """Read a description, as above.
+
+    Raises:
+        ValueError: If something in it is unknown, missing or named twice.
+    """
+    _check_names(description, "the table", {"methods", "tasks"}, {"base"})
+    columns = [_column(task) for task in description["tasks"]]
+    rows = [row for method in description["methods"] for row in _rows(method)]
+    for kind, names in {"method": [row.name for row in rows], "task": [column.name for column in columns]}.items():
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice or not names:
+            raise ValueError(f"a table needs {kind}s with different names, got {twice or 'none'}")
+    unknown = {task for row in rows for task in row.policies} - {None, *(column.name for column in columns)}
+    if unknown:
+        raise ValueError(f"a policy is named for tasks that the table lacks: {sorted(map(str, unknown))}")
+    base = description.get("base", rows[0].name)
+    known = {row.name: row for row in rows}
+    if base not in known:
+        raise ValueError(f"the base must be one of the methods {list(known)}, not {base!r}")
+    return Layout(rows, columns, known[base])
+
+
+def _column(task: Mapping[str, Any]) -> Column:
+    _check_names(task, "a task", {"env"}, {"name", "options", "seed", "episodes", "repeats"})
+    return Column(**({"name": task["env"]} | dict(task)))
+
+
+def _rows(method: Mapping[str, Any]) -> Iterator[Row]:
+    _check_names(method, "a method", {"name"}, {"policy", "run", "nfe", "solver", "repeats"})
+    if ("policy" in method) == ("run" in method):
+        raise ValueError(f"method {method['name']!r} needs either a policy, a checkpoint's folder, or a run")
+    nfe = method.get("nfe")
+    calls = nfe if isinstance(nfe, list) else [nfe]
+    checkpoints = _checkpoints(Path(method["run"])) if "run" in method else {None: _policies(method["policy"])}
+    for step, policies in checkpoints.items():
+        for number in calls:
+            marks = [str(number)] * (len(calls) > 1) + [f"step {step}"] * (step is not None)
+            name = " ".join([method["name"], *marks])
+            yield Row(name, method["name"], policies, number, method.get("solver"), method.get("repeats"), step)
+
+
+def _policies(policy: str | Mapping[str, str]) -> dict[str | None, Path]:
+    return {None: Path(policy)} if isinstance(policy, str) else {task: Path(path) for task, path in policy.items()}
+
+
+def _checkpoints(run: Path) -> dict[int | None, dict[str | None, Path]]:
+    """The checkpoints of a run of LeRobot's trainer by their step."""
+    folders = [path for path in sorted((run / "checkpoints").glob("*/pretrained_model")) if path.parent.name.isdigit()]
+    if not folders:
+        raise ValueError(f"{run} is no training run: it holds no checkpoints/<step>/pretrained_model")
+    return {int(folder.parent.name): {None: folder} for folder in folders}
+
+
+def _check_names(part: Mapping[str, Any], what: str, needed: set[str], known: set[str]) -> None:
+    missing, unknown = needed - part.keys(), part.keys() - needed - known
+    if missing or unknown:
+        raise ValueError(
+            f"{what} needs {sorted(needed)} and may have {sorted(known)}; "
+            f"it lacks {sorted(missing)} and has unknown {sorted(unknown)}: {dict(part)}"
+        )

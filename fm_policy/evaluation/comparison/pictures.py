@@ -1,0 +1,148 @@
+"""Pictures of one task's cells, as addresses that hold them whole (`data:image/svg+xml`)."""
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from env_configs.pusht import FmPushtEnv
+from env_configs.pusht_geometry import BOARD, CORNERS, GOAL_POSE, place, start_poses
+from fm_policy.evaluation.comparison.cells import Cell, seed_differences
+
+if TYPE_CHECKING:  # matplotlib is no dependency of the package: only who wants pictures needs it
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PER_LINE = 4
+
+
+def draw(cells: Sequence[Cell], base: Cell | None) -> dict[str, str]:
+    """Every picture that the cells of one task allow: its address by its caption.
+
+    Args:
+        cells: Of one task.
+        base: The one that the others are compared with, if it is there.
+    """
+    pictures = {"Success against network calls per chunk, a head's included; 95 % intervals.": success_by_calls(cells)}
+    if any(cell.row.step is not None for cell in cells):
+        caption = "Success over the training steps of a run, with its 95 % band; dashed: the base."
+        pictures[caption] = success_by_step(cells, base)
+    others = [cell for cell in cells if cell is not base]
+    if base and others:
+        caption = "Wins (blue) and losses (red) against the base, start by start in the order of the seeds: difference "
+        pictures[caption + "of the shares of successful episodes."] = strips(others, base)
+    if cells[0].summary["task"]["type"] == FmPushtEnv().type:
+        caption = (
+            "Where episodes fail: the block at every start, from blue (none of its episodes) to red (all of them); "
+        )
+        pictures[caption + "outlined: the target."] = failures(cells)
+    return pictures
+
+
+def success_by_calls(cells: Sequence[Cell]) -> str:
+    """A line for each method."""
+    figure = _figure(6.5, 4)
+    axes = figure.subplots()
+    for number, series in enumerate(dict.fromkeys(cell.row.series for cell in cells)):
+        own = [cell for cell in cells if cell.row.series == series]
+        calls = [cell.summary["nfe"] + cell.summary["head_nfe"] for cell in own]
+        if len(set(calls)) < len(calls):  # checkpoints of a run: the last one stands for it
+            own, calls = own[-1:], calls[-1:]
+        order = np.argsort(calls)
+        beside = 1.03**number  # so that intervals at equal calls do not hide one another
+        _errorbar(axes, [beside * calls[i] for i in order], [own[i] for i in order], label=series)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="network calls per chunk", ylabel="success", ylim=(0, 1))
+    ticks = sorted({cell.summary["nfe"] + cell.summary["head_nfe"] for cell in cells})
+    axes.set_xticks(ticks, [f"{calls:g}" for calls in ticks], minor=False)
+    axes.set_xticks([], minor=True)
+    axes.legend(fontsize="small", frameon=False)
+    return _address(figure)
+
+
+def _errorbar(axes: "Axes", calls: Sequence[float], cells: Sequence[Cell], label: str) -> None:
+    success = np.array([cell.summary["success"] for cell in cells])
+    ends = np.array([cell.summary["success_interval"] for cell in cells])
+    # Wilson's interval holds the share, but for rounding at 0 and 1.
+    errors = np.maximum([success - ends[:, 0], ends[:, 1] - success], 0)
+    axes.errorbar(calls, success, yerr=errors, marker="o", markersize=4, capsize=3, linewidth=1.2, label=label)
+
+
+def success_by_step(cells: Sequence[Cell], base: Cell | None) -> str:
+    """A line with its band for each run."""
+    figure = _figure(6.5, 4)
+    axes = figure.subplots()
+    lines = [cell for cell in cells if cell.row.step is not None]
+    for series, calls in dict.fromkeys((cell.row.series, cell.row.nfe) for cell in lines):
+        own = [cell for cell in lines if (cell.row.series, cell.row.nfe) == (series, calls)]
+        steps = [cell.row.step or 0 for cell in own]
+        ends = np.array([cell.summary["success_interval"] for cell in own])
+        label = series if calls is None else f"{series}, {calls} calls"
+        (line,) = axes.plot(steps, [cell.summary["success"] for cell in own], marker="o", markersize=4, label=label)
+        axes.fill_between(steps, ends[:, 0], ends[:, 1], color=line.get_color(), alpha=0.15, linewidth=0)
+    if base:
+        axes.axhline(base.summary["success"], color="0.4", linestyle="--", linewidth=1, label=base.row.name)
+    axes.set(xlabel="training step", ylabel="success")
+    axes.legend(fontsize="small", frameon=False)
+    return _address(figure)
+
+
+def strips(cells: Sequence[Cell], base: Cell) -> str:
+    """A strip for each method, a field for each start."""
+    differences = np.array([seed_differences(cell.table("success"), base.table("success")) for cell in cells])
+    figure = _figure(9, 0.9 + 0.3 * len(cells))
+    axes = figure.subplots()
+    first, count = base.column.seed, differences.shape[1]
+    extent = (first - 0.5, first + count - 0.5, len(cells) - 0.5, -0.5)
+    image = axes.imshow(
+        differences, cmap="RdBu", vmin=-1, vmax=1, aspect="auto", interpolation="nearest", extent=extent
+    )
+    axes.set_yticks(range(len(cells)), [cell.row.name for cell in cells])
+    axes.locator_params(axis="x", integer=True)
+    axes.set_xlabel("seed")
+    figure.colorbar(image, ax=axes, pad=0.01)
+    return _address(figure)
+
+
+def failures(cells: Sequence[Cell]) -> str:
+    """A board of Push-T for each method, with the block as it stands at every start."""
+    lines = -(-len(cells) // PER_LINE)
+    columns = min(PER_LINE, len(cells))
+    figure = _figure(2.6 * columns, 2.9 * lines)
+    for axes, cell in zip(figure.subplots(lines, columns, squeeze=False).flat, cells, strict=False):
+        _board(axes, cell)
+    for axes in figure.axes[len(cells) :]:
+        axes.set_axis_off()
+    return _address(figure)
+
+
+def _board(axes: "Axes", cell: Cell) -> None:
+    from matplotlib import colormaps
+    from matplotlib.collections import PolyCollection
+
+    starts = {episode.seed: episode.initial_state for episode in cell.episodes}
+    poses = start_poses(np.array([starts[seed] for seed in sorted(starts)]))
+    failing = 1 - cell.table("success").mean(axis=1)
+    order = np.argsort(failing)  # what fails on top
+    colours = np.repeat(colormaps["coolwarm"](failing[order]), 2, axis=0)
+    blocks = list(place(CORNERS, poses[order]).reshape(-1, 4, 2))
+    alpha = float(np.clip(40 / len(poses), 0.08, 0.6))
+    axes.add_collection(PolyCollection(blocks, facecolors=colours, alpha=alpha, linewidths=0))
+    goal = list(place(CORNERS, GOAL_POSE[None]).reshape(-1, 4, 2))
+    axes.add_collection(PolyCollection(goal, facecolors="none", edgecolors="0.2", linewidths=0.8))
+    axes.set(xlim=(0, BOARD), ylim=(BOARD, 0), xticks=[], yticks=[], aspect="equal")
+    axes.set_title(f"{cell.row.name}\nsuccess {cell.summary['success']:.2f}", fontsize=9)
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _address(figure: "Figure") -> str:
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    return f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}"

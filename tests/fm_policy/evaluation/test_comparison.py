@@ -1,0 +1,210 @@
+"""Tables of methods and tasks: what they ask for, what is run for them, what they say."""
+
+import csv
+import io
+import json
+import shutil
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from fm_policy.evaluation.comparison import pictures, writers
+from fm_policy.evaluation.comparison.cells import difference, fill
+from fm_policy.evaluation.comparison.layout import read_layout
+from fm_policy.evaluation.report import summarise
+from fm_policy.evaluation.statistics import bootstrap_interval, mean_interval, sign_test
+
+TASK = {"env": "pusht_b", "name": "Push-T", "seed": 7, "episodes": 4, "repeats": 2}
+
+
+def describe(path, **fields) -> dict:
+    methods = [{"name": "FM", "policy": str(path), "nfe": [2, 1]}, {"name": "once", "policy": str(path), "repeats": 1}]
+    return {"base": "FM 2", "methods": methods, "tasks": [TASK]} | fields
+
+
+# Statistics
+
+
+def test_bootstrap_agrees_with_student_where_both_hold():
+    values = np.random.default_rng(1).normal(0.1, 1, 400)
+    assert bootstrap_interval(values) == pytest.approx(mean_interval(values[:, None]), abs=0.01)
+    assert bootstrap_interval(values) == bootstrap_interval(values.copy())
+    assert bootstrap_interval(np.ones(5)) == (1, 1)
+    assert bootstrap_interval(np.ones(1)) is None
+
+
+@pytest.mark.parametrize(
+    ("wins", "losses", "p"),
+    [(0, 0, 1.0), (5, 5, 1.0), (0, 5, 2 / 32), (5, 0, 2 / 32), (1, 3, 10 / 16), (1, 9, 22 / 1024)],
+)
+def test_sign_test_counts_coins(wins, losses, p):
+    assert sign_test(wins, losses) == pytest.approx(p)
+
+
+def test_differences_are_paired_by_seed_whatever_the_repeats():
+    values, base = np.array([[1.0], [1.0], [0.0], [0.0]]), np.array([[0.0, 0.0], [1.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
+    found = difference(values, base)
+    assert (found.mean, found.wins, found.losses, found.p) == (0.125, 1, 1, 1.0)
+    low, high = found.interval
+    assert low < 0.125 < high
+
+
+# Layout
+
+
+def test_rows_are_named_by_what_tells_them_apart(tmp_path):
+    for step in ("000100", "000200", "last"):
+        (tmp_path / "checkpoints" / step / "pretrained_model").mkdir(parents=True)
+    tuned = {"name": "FT", "run": str(tmp_path), "nfe": [2, 4]}
+    layout = read_layout({"methods": [{"name": "A", "policy": {"Push-T": "a"}, "nfe": 16}, tuned], "tasks": [TASK]})
+    assert [row.name for row in layout.rows] == ["A", *(f"FT {n} step {s}" for s in (100, 200) for n in (2, 4))]
+    assert layout.base.name == "A" and str(layout.base.policy_for(layout.columns[0])) == "a"
+    assert layout.rows[-1].policy_for(layout.columns[0]).parent.name == "000200"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"base": "B"}, r"the base must be one of the methods \['FM 2', 'FM 1', 'once'\], not 'B'"),
+        ({"methods": []}, "a table needs methods with different names, got none"),
+        ({"tasks": [TASK, TASK]}, r"a table needs tasks with different names, got \['Push-T'\]"),
+        ({"methods": [{"name": "A", "policy": "x", "seeds": 3}]}, r"a method needs .* has unknown \['seeds'\]"),
+        ({"methods": [{"name": "A"}]}, "'A' needs either a policy, a checkpoint's folder, or a run"),
+        ({"methods": [{"name": "FM 2", "policy": {"Lift": "x"}}]}, r"tasks that the table lacks: \['Lift'\]"),
+        ({"methods": [{"name": "A", "run": "nowhere"}]}, "nowhere is no training run"),
+        ({"rows": []}, r"the table needs .* has unknown \['rows'\]"),
+    ],
+)
+def test_descriptions_that_mean_nothing_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        read_layout(describe("x", **fields))
+
+
+# Cells
+
+
+@pytest.fixture(scope="module")
+def make_task(short_pusht):
+    return lambda column, sees_images: (short_pusht, ("gym-pusht",))
+
+
+@pytest.fixture(scope="module")
+def filled(checkpoint, make_task, tmp_path_factory):
+    """A folder of evaluations, the layout, and its cells."""
+    folder = tmp_path_factory.mktemp("cells")
+    layout = read_layout(describe(checkpoint.path))
+    return folder, layout, list(fill(layout, folder, make_task, "cpu"))
+
+
+def contents(folder) -> dict:
+    return {path: path.read_bytes() for path in folder.rglob("*.json*")}
+
+
+def test_cells_are_the_evaluations_that_were_asked_for(filled):
+    _, _, cells = filled
+    assert [(cell.row.name, cell.summary["nfe"], cell.summary["repeats"]) for cell in cells] == [
+        *(("FM 2", 2, 2), ("FM 1", 1, 2), ("once", 2, 1))
+    ]
+    for cell in cells:
+        assert cell.table("score").shape == (4, cell.summary["repeats"])
+        assert {name: cell.summary[name] for name in ("score", "best_of_r")}.items() <= summarise(cell.episodes).items()
+    assert np.array_equal(cells[2].table("score"), cells[0].table("score")[:, :1])
+    assert len({cell.folder for cell in cells}) == 3
+
+
+def test_nothing_is_run_twice_and_what_a_kill_left_goes_on(filled, make_task, tmp_path):
+    folder, layout, cells = filled
+    copy = shutil.copytree(folder, tmp_path / "cells")
+    broken = copy / cells[1].folder.name
+    lines = (broken / "episodes.jsonl").read_text().splitlines(keepends=True)
+    (broken / "summary.json").unlink()
+    (broken / "episodes.jsonl").write_text("".join(lines[:5]) + lines[5][:20])
+    before = {path: content for path, content in contents(copy).items() if broken not in path.parents}
+    again = list(fill(layout, copy, make_task, "cpu"))
+    assert before.items() <= contents(copy).items()
+    assert [sorted(a.episodes, key=lambda e: e.key) for a in again] == [
+        sorted(cell.episodes, key=lambda e: e.key) for cell in cells
+    ]
+    assert again[1].summary["episodes_run_now"] == 3
+
+
+def test_rows_of_another_checkpoint_task_seed_or_solver_are_never_taken(
+    filled, make_checkpoint, short_pusht, make_task
+):
+    folder, layout, cells = filled
+    path = layout.base.policies[None]
+    others = [
+        describe(make_checkpoint(horizon=24).path),
+        describe(path, tasks=[TASK | {"seed": 8}]),
+        describe(path, methods=[{"name": "FM 2", "policy": str(path), "nfe": 2, "solver": "heun"}]),
+    ]
+    known = {cell.folder for cell in cells}
+    found = {next(fill(read_layout(other), folder, make_task, "cpu")).folder for other in others}
+    longer = type(short_pusht)(episode_length=20)
+    found.add(next(fill(layout, folder, lambda column, images: (longer, ("gym-pusht",)), "cpu")).folder)
+    assert len(found) == 4 and not found & known
+    assert {cell.folder for cell in fill(layout, folder, make_task, "cpu")} == known
+
+
+def test_a_wrong_checkpoint_is_refused_before_anything_runs(checkpoint, make_task, tmp_path):
+    wrong = describe(checkpoint.path)
+    wrong["methods"].append({"name": "gone", "policy": "nowhere"})
+    with pytest.raises(ValueError, match="nowhere is no folder"):
+        next(fill(read_layout(wrong), tmp_path / "cells", make_task, "cpu"))
+    assert not (tmp_path / "cells").exists()
+
+
+# Writers and pictures
+
+
+@pytest.fixture(scope="module")
+def told(filled):
+    _, layout, cells = filled
+    return writers.records(layout, cells)
+
+
+def test_csv_holds_every_number(told, filled):
+    lines = list(csv.DictReader(io.StringIO(writers.as_csv(told))))
+    assert [line["method"] for line in lines] == ["FM 2", "FM 1", "once"]
+    assert float(lines[1]["best_of_r"]) == filled[2][1].summary["best_of_r"]
+    assert lines[0]["score_minus_base"] == "" and lines[0]["success_minus_base_p"] == ""
+    expected = filled[2][1].table("score").mean() - filled[2][0].table("score").mean()
+    assert float(lines[1]["score_minus_base"]) == pytest.approx(expected)
+    assert float(lines[1]["score_minus_base_low"]) <= expected <= float(lines[1]["score_minus_base_high"])
+
+
+def test_markdown_shows_the_papers_two_numbers(told):
+    text = writers.as_markdown(told, "FM 2")
+    assert "## Push-T: seeds 7-10, R = 1 or 2" in text
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == ["| method", "| ---", "| FM 2", "| FM 1", "| once"]
+    assert len({len(row) for row in rows}) == 1
+    assert rows[3][1] == f"{told[1]['best_of_r']:.3f} (R = 2) / {told[1]['score']:.3f}"
+    assert (rows[2][3], rows[3][3], rows[2][5]) == ("2", "1", "-")
+
+
+def test_the_page_needs_no_other_file_and_shows_every_picture(told, filled):
+    _, _, cells = filled
+    drawn = pictures.draw(cells, cells[0])
+    page = writers.as_html(told, "FM 2", {"Push-T": drawn})
+    assert page.count("<img ") == len(drawn) == 3
+    assert page.count('src="') == page.count('src="data:image/svg+xml;base64,')
+    assert "href=" not in page and page.count('<tr class="base">') == 1
+    assert all(cell.summary["policy"]["fingerprint"] in page for cell in cells)
+
+
+def test_a_run_is_drawn_over_its_steps(checkpoint, make_task, tmp_path):
+    for step in ("000100", "000200"):
+        (tmp_path / "checkpoints" / step).mkdir(parents=True)
+        shutil.copytree(checkpoint.path, tmp_path / "checkpoints" / step / "pretrained_model")
+    tuned = {"name": "FT <1>", "run": str(tmp_path)}
+    layout = read_layout({"methods": [tuned], "tasks": [TASK | {"episodes": 1, "repeats": 1}]})
+    cells = list(fill(layout, tmp_path / "cells", make_task, "cpu"))
+    assert len({cell.folder for cell in cells}) == 1  # the same weights: evaluated once
+    drawn = pictures.draw(cells, cells[0])
+    assert any(caption.startswith("Success over the training steps") for caption in drawn)
+    page = writers.as_html(writers.records(layout, cells), "FT <1> step 100", {"Push-T": drawn})
+    assert "FT &lt;1&gt; step 200" in page and "FT <1>" not in page
+    assert "one seed" not in page and json.dumps(writers.records(layout, cells))
+    assert all(a < b for a, b in pairwise(cell.row.step for cell in cells))
