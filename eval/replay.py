@@ -86,7 +86,7 @@ def main() -> None:
     from env_configs.demos.stores import StoreError
 
     try:
-        env = make_env_config(args.env, **parse_options(args.option)).make()  # type: ignore[attr-defined]
+        env = make_env_config(args.env, **parse_options(args.option)).make()
         recorded = list(episodes(args.root))
         begin = starts(args.env, args.root, args.source) or [{"seed": number} for number in range(len(recorded))]
         if len(begin) != len(recorded):
