@@ -25,6 +25,7 @@ def parse() -> argparse.Namespace:
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="of the task: actions=delta; repeatable")
     add("--root", type=Path, required=True, help="folder of the data set")
     add("--source", type=Path, help="HDF5 recording that the data set was converted from, whole and in its order")
+    add("--episodes", type=int, help="replay only so many, the first; all if not given")
     add("--json", type=Path, help="file to write the outcomes to")
     return parser.parse_args()
 
@@ -80,6 +81,8 @@ def replay(env: Any, start: Start, actions: NDArray[np.float32]) -> dict[str, An
 
 def main() -> None:
     args = parse()
+    if args.episodes is not None and args.episodes < 1:
+        raise SystemExit(f"replay.py: --episodes must be at least 1, not {args.episodes}")
     from tqdm import tqdm
 
     from env_configs import make_env_config, parse_options
@@ -91,7 +94,8 @@ def main() -> None:
         begin = starts(args.env, args.root, args.source) or [{"seed": number} for number in range(len(recorded))]
         if len(begin) != len(recorded):
             raise ValueError(f"{args.root} has {len(recorded)} episodes, but {len(begin)} starts are known")
-        pairs = tqdm(list(zip(begin, recorded, strict=True)), desc="replaying", unit="episode")
+        chosen = list(zip(begin, recorded, strict=True))[: args.episodes]
+        pairs = tqdm(chosen, desc="replaying", unit="episode")
         outcomes = [replay(env, start, actions) for start, actions in pairs]
     except (ValueError, StoreError, ModuleNotFoundError) as error:
         raise SystemExit(f"replay.py: {error}") from error

@@ -67,3 +67,5 @@ def test_a_human_episode_succeeds_from_the_recorded_start_alone(replay, fm_data,
 def test_what_is_no_data_set_is_named(replay, tmp_path):
     with pytest.raises(SystemExit, match="is no LeRobotDataset: it lacks meta/info.json"):
         replay("--env", "kitchen", "--root", tmp_path)
+    with pytest.raises(SystemExit, match="--episodes must be at least 1, not 0"):
+        replay("--env", "kitchen", "--root", tmp_path, "--episodes", 0)
