@@ -65,9 +65,11 @@ class FlowMatchingConfig(WindowedConfig, PreTrainedConfig):
             solver makes, eq. (6); starts from a pre-trained policy's averaged weights, or from scratch.
             `residual`: the same likelihood of what a head makes of these chunks, the base as it is.
         coupling: How noise is paired with data: `independent`, and when fine-tuning also `nearest` (of `nearest_k`
-            noises the one whose chunk comes nearest to the data) or `inverse` (the data carried back to noise
-            by the base). See `fm_policy.flow.coupling`.
+            noises the one whose chunk comes nearest to the data), `inverse` (the data carried back to noise
+            by the base) or `reflow` (noise and the chunk that the base makes of it in `reflow_steps`, in place of the
+            data). See `fm_policy.flow.coupling`.
         nearest_k: Noises to choose from in the coupling `nearest`.
+        reflow_steps: Euler steps of the base in the coupling `reflow`.
         solver: ODE solver of inference: `euler`, `midpoint`, `heun`, `rk4` or `dopri5`. Fine-tuning goes through
             it, so it must have a fixed grid.
         num_solver_steps: Steps of a fixed-grid solver from noise to chunk; `dopri5` chooses its own. A fine-tuned
@@ -150,6 +152,7 @@ class FlowMatchingConfig(WindowedConfig, PreTrainedConfig):
     stage: str = "pretrain"
     coupling: str = "independent"
     nearest_k: int = 5
+    reflow_steps: int = 16
     solver: str = "euler"
     num_solver_steps: int = 16
 
@@ -238,8 +241,9 @@ class FlowMatchingConfig(WindowedConfig, PreTrainedConfig):
             raise ValueError(f"observation_noise must be finite and 0 or more, got {self.observation_noise}")
         if self.observation_noise and not self.trains_encoder:
             raise ValueError(f"observation_noise={self.observation_noise} needs an encoder that is trained")
-        if self.nearest_k < 1:
-            raise ValueError(f"nearest_k must be at least 1, got {self.nearest_k}")
+        for name in ("nearest_k", "reflow_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.cfm_weight < 0 or self.finetune_lr < 0:
             raise ValueError(
                 f"cfm_weight and finetune_lr must not be negative, got {self.cfm_weight} and {self.finetune_lr}"

@@ -11,6 +11,7 @@ import copy
 import math
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,11 +25,11 @@ from torch import Tensor, nn
 from fm_policy import contract, held_out, model_card, stages, window_store
 from fm_policy.configuration_fm_ft import FlowMatchingConfig
 from fm_policy.ema import ema_decay, ema_update
-from fm_policy.flow.coupling import independent, inverse, nearest
+from fm_policy.flow.coupling import independent, inverse, nearest, reflow
 from fm_policy.flow.diagnostics import StepGradients
 from fm_policy.flow.losses import Reduction, cfm_loss, gaussian_nll, masked_mse
 from fm_policy.flow.noise import sample_noise
-from fm_policy.flow.solvers import CountedVelocity
+from fm_policy.flow.solvers import CountedVelocity, Velocity
 from fm_policy.net import FlowMatchingNet
 from fm_policy.repeatable import repeatable
 from fm_policy.residual.control_synth import ControlSynth
@@ -135,9 +136,10 @@ class FlowMatchingPolicy(PreTrainedPolicy):
 
         Returns:
             The loss, and what to log: `cfm_loss` where it is part of the loss; in stage `finetune`
-            `reconstruction_error`, the mean squared error of the chunks that the solver makes, and `grad_step_<n>`,
-            the norms of the last step's gradient with respect to the velocities of solver step n; in evaluation mode
-            the numbers of `held_out.measure`. LeRobot discards these: the training steps that follow log their means.
+            `reconstruction_error`, the mean squared error of the chunks that the solver makes (`distillation_error`,
+            where they are held against the base's), and `grad_step_<n>`, the norms of the last step's gradient with
+            respect to the velocities of solver step n; in evaluation mode the numbers of `held_out.measure`. LeRobot
+            discards these: the training steps that follow log their means.
 
         Raises:
             ValueError: If the windows do not have the shapes above.
@@ -165,13 +167,12 @@ class FlowMatchingPolicy(PreTrainedPolicy):
     def _likelihood(self, batch: dict[str, Tensor], o: Tensor, reduction: Reduction) -> tuple[Tensor, dict[str, float]]:
         """Negative log-likelihood of the data around the policy's chunks, eq. (6) or (B.6), by its exact gradient."""
         config = self.config
-        x1, is_pad = batch[ACTION], batch.get(f"{ACTION}_is_pad")
-        x0 = self._pair(batch, o)
+        x0, x1, is_pad = self._pairs(batch, o)
         logs = {} if self._gradients is None else self._gradients.logs()
         self._gradients = StepGradients(self.active_net.velocity.bind(o), config.num_solver_steps)
         chunk = self.active_net.chunk(config, x0, o, self._gradients)
         loss = error = masked_mse(chunk, x1, is_pad, reduction)
-        logs["reconstruction_error"] = error.mean().item()
+        logs["distillation_error" if config.coupling == "reflow" else "reconstruction_error"] = error.mean().item()
         if config.variance != "scalar":
             loss = gaussian_nll(chunk, x1, self.log_variance, is_pad, reduction)
             logs["sigma"] = (0.5 * self.log_variance).exp().mean().item()
@@ -184,16 +185,24 @@ class FlowMatchingPolicy(PreTrainedPolicy):
             loss, logs = loss + config.head_penalty_weight * penalty, logs | {"head_penalty": penalty.item()}
         return loss, logs
 
-    def _pair(self, batch: dict[str, Tensor], o: Tensor) -> Tensor:
-        """Noise for the batch's data, by the configured coupling."""
+    def _pairs(self, batch: dict[str, Tensor], o: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Noise, the chunk that it shall become, and the chunk's padding, by the configured coupling."""
+        config = self.config
         x1, is_pad = batch[ACTION], batch.get(f"{ACTION}_is_pad")
-        if self.config.coupling == "nearest":
-            k = self.config.nearest_k
-            several = o.detach().repeat(k, 1)
-            return nearest(x1, k, lambda x0: self.active_net.chunk(self.config, x0, several), is_pad)
-        if self.config.coupling == "inverse":
-            return inverse(x1, self._base().velocity.bind(self._base_features(batch)))
-        return independent(x1)
+        if config.coupling == "nearest":
+            several = o.detach().repeat(config.nearest_k, 1)
+            solve = partial(self.active_net.chunk, config, o=several)
+            return nearest(x1, config.nearest_k, solve, is_pad), x1, is_pad
+        if config.coupling == "inverse":
+            return inverse(x1, self._base_velocity(batch)), x1, is_pad
+        if config.coupling == "reflow":  # the base acts beyond an episode's end, too: nothing of its chunk is padding
+            return *reflow(x1, self._base_velocity(batch), config.reflow_steps), None
+        return independent(x1), x1, is_pad
+
+    @torch.no_grad()
+    def _base_velocity(self, batch: dict[str, Tensor]) -> Velocity:
+        base = self._base()
+        return base.velocity.bind(base.encoder(batch))
 
     def _base(self) -> FlowMatchingNet:
         if not hasattr(self, "base_net"):
@@ -202,10 +211,6 @@ class FlowMatchingPolicy(PreTrainedPolicy):
                 "FlowMatchingPolicy.from_pretrained(..., dataset_meta=dataset.meta)"
             )
         return self.base_net
-
-    @torch.no_grad()
-    def _base_features(self, batch: dict[str, Tensor]) -> Tensor:
-        return self._base().encoder(batch)
 
     def reconstruct(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
         """The chunks that the deployed policy makes of training windows, with gradients where they are enabled.

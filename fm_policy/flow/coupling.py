@@ -17,6 +17,7 @@ COUPLINGS = {
     "independent": "noise without regard to the data: the reconstruction drifts towards E[x1 | o], the modes' average",
     "nearest": "of several noises the one whose chunk comes nearest to the data: each mode keeps its noises",
     "inverse": "the data carried back to noise by the frozen base: pairs that the base itself made",
+    "reflow": "noise and the chunk that the frozen base makes of it in many steps, which fewer steps learn to make",
 }
 
 REFUSED = {
@@ -81,3 +82,25 @@ def inverse(x1: Tensor, velocity: Velocity) -> Tensor:
         velocity: The base's v(t, x), for the observations of these rows.
     """
     return integrate(velocity, x1, INVERSE_SOLVER, INVERSE_STEPS, start=1.0, end=0.0)
+
+
+@torch.no_grad()
+def reflow(
+    x1: Tensor, velocity: Velocity, steps: int, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Noise and its end under a frozen velocity: the pairs that distil a rectified flow (Liu et al. 2022).
+
+    The end is a function of noise and observation, so that a map of fewer solver steps can learn it without averaging
+    over modes; it is what the base does, not what was demonstrated.
+
+    Args:
+        x1: Data, `(B, horizon, action_dim)`, for its shape, type and device alone.
+        velocity: The base's v(t, x), for the observations of these rows.
+        steps: Euler steps of the base, at least 1.
+        generator: Source of randomness; torch's global one when None.
+
+    Returns:
+        Noise and ends, both of the data's shape.
+    """
+    x0 = independent(x1, generator)
+    return x0, integrate(velocity, x0, "euler", steps)

@@ -59,6 +59,8 @@ def test_nfe(tiny, solver, steps, nfe):
         ({"stage": "finetune", "coupling": "ot"}, "coupling='ot' is not for a policy"),
         ({"coupling": "nearest"}, "coupling='nearest' is for stage 'finetune'"),
         ({"coupling": "inverse"}, "coupling='inverse' is for stage 'finetune'"),
+        ({"coupling": "reflow"}, "coupling='reflow' is for stage 'finetune'"),
+        ({"reflow_steps": 0}, "reflow_steps must be at least 1, got 0"),
         ({"observation_noise": -0.1}, "observation_noise must be finite and 0 or more, got -0.1"),
         ({"observation_noise": math.inf}, "observation_noise must be finite and 0 or more, got inf"),
         (

@@ -117,7 +117,7 @@ class TestTraining:
         pretraining.net.load_state_dict(policy.net.state_dict())
         assert not torch.equal(*[pretraining.reconstruct(batch, noise) for _ in range(2)])
 
-    @pytest.mark.parametrize("coupling", ["independent", "nearest", "inverse"])
+    @pytest.mark.parametrize("coupling", ["independent", "nearest", "inverse", "reflow"])
     def test_per_sample_losses_average_to_the_loss(self, tiny, coupling):
         policy = tiny.finetuning(coupling=coupling, variance="learned", cfm_weight=0.5)
         batch = tiny.windows(policy.config)
@@ -260,8 +260,27 @@ class TestCouplings:
             x1 = integrate(velocity, x0, "rk4", 16)
         assert (x1 - batch["action"]).abs().mean() < 0.1 * (x0 - batch["action"]).abs().mean()
 
-    def test_inverse_needs_a_base(self, tiny):
-        policy = tiny.policy(stage="finetune", coupling="inverse").train()
+    def test_reflow_aims_at_what_the_base_makes_in_many_steps(self, tiny):
+        policy = tiny.finetuning(coupling="reflow", reflow_steps=8, num_solver_steps=2, **FAST)
+        batch = tiny.windows(policy.config)
+        train(policy, batch, steps=2)  # the net has left its base
+        x0, base = starts(policy, batch), policy.base_net
+        with torch.no_grad():
+            aim = integrate(base.velocity.bind(base.encoder(batch)), x0, "euler", 8)
+            expected = masked_mse(policy.reconstruct(batch, x0), aim)
+        batch["action"] = torch.zeros_like(batch["action"])  # the demonstrations have no part in it, nor their padding
+        batch["action_is_pad"][:2, 5:] = True
+        loss, logs = first_step(policy, batch)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5) == logs["distillation_error"]
+        assert "reconstruction_error" not in logs
+
+    def test_reflow_of_the_same_grid_has_nothing_to_learn(self, tiny):
+        policy = tiny.finetuning(coupling="reflow", reflow_steps=4, num_solver_steps=4)
+        assert first_step(policy, tiny.windows(policy.config))[0] == 0
+
+    @pytest.mark.parametrize("coupling", ["inverse", "reflow"])
+    def test_the_base_s_pairs_need_a_base(self, tiny, coupling):
+        policy = tiny.policy(stage="finetune", coupling=coupling).train()
         with pytest.raises(ValueError, match="holds no copy of its base.*dataset_meta"):
             policy.forward(tiny.windows(policy.config))
 

@@ -53,8 +53,8 @@ LEFT_OPEN = {
 # What every stage after the first sets, what one of them sets besides, and what they take from their base: a new field
 # of the configuration belongs into one of these.
 SET_BY_EVERY = {
-    *("stage", "coupling", "nearest_k", "variance", "sigma", "cfm_weight", "checkpoint_solver", "train_encoder"),
-    "observation_noise",
+    *("stage", "coupling", "nearest_k", "reflow_steps", "variance", "sigma", "cfm_weight"),
+    *("checkpoint_solver", "train_encoder", "observation_noise"),
     *("keep_statistics", "finetune_lr", "use_ema", "ema_power", "ema_max_decay"),
     *("window_store", "use_amp", "use_peft", "push_to_hub"),
 }

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fm_policy.flow.coupling import independent, inverse, nearest
+from fm_policy.flow.coupling import independent, inverse, nearest, reflow
 from fm_policy.flow.losses import cfm_loss, masked_mse
 from fm_policy.flow.noise import sample_noise
 from fm_policy.flow.solvers import integrate
@@ -109,6 +109,33 @@ class TestNearest:
     def test_no_noise_at_all_is_refused(self):
         with pytest.raises(ValueError, match="at least 1 noise per row, got k=0"):
             nearest(self.data(), 0, lambda x0: x0)
+
+
+class TestReflow:
+    def test_pairs_fresh_noise_with_its_end(self):
+        x1 = torch.full((3, 5, 2), math.nan)  # the data say what shape, and nothing else
+        weight = torch.ones((), requires_grad=True)
+        x0, end = reflow(x1, lambda t, x: -weight * x, 10, seeded())
+        assert torch.equal(x0, independent(x1, seeded()))
+        torch.testing.assert_close(end, 0.9**10 * x0)  # Euler's own answer to dx/dt = -x
+        assert not end.requires_grad
+
+    def test_two_steps_learn_what_sixteen_do(self, base):
+        """Both modes stay, at their places: the end is a function of the noise, and nothing is averaged."""
+        net, generator = copy.deepcopy(base), seeded(1)
+        optimizer = torch.optim.Adam(net.parameters(), lr=5e-3)
+        for _ in range(300):
+            x0, end = reflow(torch.empty(128, 1, 1), velocity_of(base), 16, generator)
+            loss = masked_mse(integrate(velocity_of(net), x0, "euler", 2), end)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        x0, end = reflow(torch.empty(1000, 1, 1), velocity_of(base), 16, seeded(2))
+        with torch.no_grad():
+            before, after = (integrate(velocity_of(v), x0, "euler", 2) for v in (base, net))
+        assert masked_mse(after, end) < 0.2 * masked_mse(before, end)
+        assert (after.sign() == end.sign()).float().mean() > 0.97
+        assert abs(after.abs().mean() - end.abs().mean()) < 0.05
 
 
 class TestWhatIsLearnedOfTwoModes:
