@@ -1,11 +1,12 @@
-"""The tasks: simulated environments for LeRobot and the demonstrations for them.
+"""The tasks: simulated environments and a simulated robot for LeRobot, and the demonstrations for them.
 
-Importing this package registers the environment types with LeRobot and gymnasium; no simulator is imported
-before an environment is built.
+Importing this package registers the types with LeRobot and gymnasium; no simulator is imported before an environment
+is built.
 """
 
 import gymnasium
 
+from env_configs.fm_sim import FmSimConfig
 from env_configs.kitchen import FmKitchenEnv
 from env_configs.presets import PRESETS, make_env_config, parse_options
 from env_configs.pusht import FmPushtEnv
@@ -17,6 +18,7 @@ __all__ = [
     "FmKitchenEnv",
     "FmLiftEnv",
     "FmPushtEnv",
+    "FmSimConfig",
     "FmTransportEnv",
     "make_env_config",
     "parse_options",

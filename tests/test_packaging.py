@@ -31,7 +31,7 @@ for package in (fm_policy.flow, fm_policy.velocity):
         importlib.import_module(module.name)
 lerobot_by_flow = "lerobot" in sys.modules
 
-import lerobot.envs.configs, lerobot.optim, lerobot.policies
+import lerobot.envs.configs, lerobot.optim, lerobot.policies, lerobot.robots
 from lerobot.utils.import_utils import register_third_party_plugins
 before = set(sys.modules)
 register_third_party_plugins()
@@ -39,6 +39,7 @@ by_door = sorted(set(sys.modules) - before)
 registered = {
     "policies": sorted(lerobot.configs.PreTrainedConfig.get_known_choices()),
     "tasks": sorted(lerobot.envs.configs.EnvConfig.get_known_choices()),
+    "robots": sorted(lerobot.robots.RobotConfig.get_known_choices()),
 }
 
 import fm_policy
@@ -128,9 +129,10 @@ def test_the_core_needs_no_simulator_and_each_task_has_its_extra():
 # What LeRobot finds, and what an installation without simulators can do
 
 
-def test_lerobot_discovers_the_policy_and_the_task(probe):
+def test_lerobot_discovers_the_policy_the_task_and_the_robot(probe):
     assert {"fm_ft", "dp_ema"} <= set(probe["registered"]["policies"])
     assert "fm_pusht" in probe["registered"]["tasks"]
+    assert "fm_sim" in probe["registered"]["robots"]
 
 
 def test_the_door_is_light(probe):
@@ -143,6 +145,7 @@ def test_the_door_is_light(probe):
         "fm_policy.encoders",
         "fm_policy.window_store",
         "env_configs.demos",
+        "env_configs.fm_sim.fm_sim",
     }
     assert heavy.isdisjoint(probe["by_door"])
 

@@ -72,8 +72,13 @@ READERS = {
         )
         for name, task in (("lift", "Lift"), ("handover", "TwoArmHandover"), ("transport", "TwoArmTransport"))
     },
+    "motors": Reader(
+        "env_configs.demos.motors",
+        "any task's data set as a robot would have recorded it: every observed number is a motor",
+        "the folder of the LeRobotDataset",
+    ),
 }
-"""Task -> its reader."""
+"""Task -> its reader; and `motors`, of every task."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
