@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module, metadata
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -152,7 +153,7 @@ def _in_order(try_one: "partial[dict[str, Any]]", seed: int, workers: int) -> It
             yield number, try_one(number)
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["__main__", __name__])  # LeRobot is imported once, not once in each process
-    pool = ProcessPoolExecutor(workers, mp_context=server)
+    pool = ProcessPoolExecutor(workers, mp_context=server, initializer=_end_with_the_program)
     try:
         ahead: deque[tuple[int, Future[dict[str, Any]]]] = deque()
         while True:
@@ -163,6 +164,18 @@ def _in_order(try_one: "partial[dict[str, Any]]", seed: int, workers: int) -> It
             yield number, future.result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _end_with_the_program() -> None:
+    """See that a worker does not outlive its program: killed, that one leaves it waiting for a seed for ever."""
+    program = multiprocessing.parent_process()
+    assert program is not None  # this runs in a worker
+
+    def follow() -> None:
+        program.join()
+        os._exit(1)
+
+    Thread(target=follow, daemon=True).start()
 
 
 def _try(expert: str, options: dict[str, str], shelf: Path, seed: int) -> dict[str, Any]:
