@@ -105,18 +105,11 @@ def describe(label: str, checkpoint: "Checkpoint") -> dict[str, Any]:
 
 def held_out_windows(checkpoint: "Checkpoint", args: argparse.Namespace) -> tuple[dict[str, "Tensor"], "Tensor"]:
     """Preprocessed windows of held-out episodes, and their noise, `(draws, samples, horizon, action_dim)`."""
-    from lerobot.configs.default import DatasetConfig
-    from lerobot.configs.train import TrainPipelineConfig
-
     from fm_policy import contract
-    from fm_policy.select.held_out import HeldOutWindows
+    from fm_policy.evaluation.held_out_windows import HeldOutWindows
 
-    if not (args.root / "meta" / "info.json").is_file():
-        raise ValueError(f"no LeRobotDataset: {args.root} holds no meta/info.json")
-    config = checkpoint.policy.config
-    data = DatasetConfig(repo_id=f"local/{args.root.name}", root=str(args.root), eval_split=args.eval_split)
-    training = TrainPipelineConfig(dataset=data, policy=config, batch_size=max(args.samples, 1))
-    windows = HeldOutWindows(training, args.samples, args.draws, args.seed)
+    config, numbers = checkpoint.policy.config, (args.samples, args.draws, args.seed)
+    windows = HeldOutWindows.of_dataset(args.root, config, *numbers, args.eval_split, batch_size=args.samples)
     (batch,) = map(checkpoint.preprocessor, windows.batches())
     contract.check_windows(config, batch)
     return batch, windows.noise

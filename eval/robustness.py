@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 SIZES = [float(f"{size:.3g}") for size in np.geomspace(0.01, 1, 7)]
 TOLD = (0, 3, 6)  # of them, in the table
-HELD_OUT, BATCH = 0.05, 32  # share of the episodes, as in training; windows at a time
+BATCH = 32  # windows at a time
 OUTCOMES = ("success", "max_reward", "jitter")
 NAMES = {
     "noise": "the noise x0",
@@ -88,12 +88,9 @@ def read_windows(args: argparse.Namespace, policies: dict[str, "Checkpoint"]) ->
     Raises:
         ValueError: If the policies do not see and do the same, or there are no such windows.
     """
-    from lerobot.configs.default import DatasetConfig
-    from lerobot.configs.train import TrainPipelineConfig
-
     from fm_policy.assets import default_demos
+    from fm_policy.evaluation.held_out_windows import HeldOutWindows
     from fm_policy.evaluation.inference import observed_numbers
-    from fm_policy.select.held_out import HeldOutWindows
 
     configs = {label: checkpoint.policy.config for label, checkpoint in policies.items()}
     shapes = {
@@ -103,11 +100,8 @@ def read_windows(args: argparse.Namespace, policies: dict[str, "Checkpoint"]) ->
     for label, shape in others:
         if shape != expected:
             raise ValueError(f"{first} and {label} see or do different things: {expected} and {shape}")
-    root = args.root or default_demos()
-    data = DatasetConfig(repo_id=f"local/{root.name}", root=str(root), eval_split=HELD_OUT)
-    policy = replace(configs[first], window_store=False)  # so few windows need no store
-    training = TrainPipelineConfig(dataset=data, policy=policy, batch_size=BATCH)
-    windows = HeldOutWindows(training, args.samples, args.draws, args.seed)
+    root, numbers = args.root or default_demos(), (args.samples, args.draws, args.seed)
+    windows = HeldOutWindows.of_dataset(root, configs[first], *numbers, batch_size=BATCH)
     return list(windows.batches()), windows.noise
 
 

@@ -11,9 +11,9 @@ from tqdm import tqdm
 from env_configs.doctor import PACKAGES
 from fm_policy.evaluation.checkpoint import load_checkpoint
 from fm_policy.evaluation.episodes import read_episodes
+from fm_policy.evaluation.held_out_windows import HeldOutWindows
 from fm_policy.evaluation.runs import Run, evaluate_into
 from fm_policy.evaluation.statistics import table
-from fm_policy.select.held_out import HeldOutWindows
 from fm_policy.select.saved_run import SavedRun
 
 

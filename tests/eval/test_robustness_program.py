@@ -134,7 +134,7 @@ def test_names_are_the_folders_that_tell_policies_apart(paths, names):
         (["--episodes", "1", "--sigma", "-1"], "observation_noise must be finite and at least 0, got -1.0"),
         (["--episodes", "-1"], "episodes must be at least 1, got -1"),
         (["--env", "pushh"], "unknown task 'pushh'"),
-        (["--root", "nowhere"], "data set is not there: nowhere"),
+        (["--root", "nowhere"], "no LeRobotDataset: nowhere"),
         (["--samples", "0"], "samples must be at least 1, got 0"),
     ],
 )

@@ -12,6 +12,7 @@ from lerobot.envs.configs import EnvConfig
 from numpy.typing import NDArray
 
 from fm_policy.evaluation.checkpoint import Checkpoint, load_any_checkpoint
+from fm_policy.evaluation.comparison.errors import held_out_error
 from fm_policy.evaluation.comparison.layout import Column, Layout, Row
 from fm_policy.evaluation.episodes import Episode
 from fm_policy.evaluation.finished import read_finished
@@ -39,13 +40,23 @@ class Difference(NamedTuple):
 
 @dataclass(frozen=True)
 class Cell:
-    """A finished evaluation of a row in a column."""
+    """A finished evaluation of a row in a column.
+
+    Attributes:
+        row: The method.
+        column: The task.
+        folder: Where the evaluation is.
+        summary: What it says.
+        episodes: Its rows.
+        error: Reconstruction error on the column's demonstrations with its interval, if it was measured.
+    """
 
     row: Row
     column: Column
     folder: Path
     summary: dict[str, Any]
     episodes: Sequence[Episode]
+    error: tuple[float, Interval | None] | None = None
 
     def table(self, name: str) -> NDArray[np.float64]:
         """The `success`, zeros and ones, or the `score`, the largest reward, of the episodes, `(seeds, repeats)`."""
@@ -99,7 +110,10 @@ def fill(layout: Layout, folder: Path, make_task: MakeTask, device: str, rank: R
             if rank.first:
                 print(f"{row.name} in {column.name}: {where}", flush=True)
             evaluate_into(where, checkpoint, task, run, resume=where.exists(), rank=rank)
-        yield Cell(row, column, where, *read_finished(where))
+        error = None
+        if column.demonstrations and rank.first:
+            error = held_out_error(checkpoint, Path(column.demonstrations), where / "held_out_error.json")
+        yield Cell(row, column, where, *read_finished(where), error)
 
 
 def _load(

@@ -3,7 +3,7 @@
 import base64
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,6 +29,9 @@ def draw(cells: Sequence[Cell], base: Cell | None) -> dict[str, str]:
     if any(cell.row.step is not None for cell in cells):
         caption = "Success over the training steps of a run, with its 95 % band; dashed: the base."
         pictures[caption] = success_by_step(cells, base)
+    if any(cell.error for cell in cells):
+        caption = "Success against the reconstruction error on held-out demonstrations, with 95 % intervals; a policy "
+        pictures[caption + "that errs less need not succeed more."] = success_by_error(cells)
     others = [cell for cell in cells if cell is not base]
     if base and others:
         caption = "Wins (blue) and losses (red) against the base, start by start in the order of the seeds: difference "
@@ -62,12 +65,13 @@ def success_by_calls(cells: Sequence[Cell]) -> str:
     return _address(figure)
 
 
-def _errorbar(axes: "Axes", calls: Sequence[float], cells: Sequence[Cell], label: str) -> None:
+def _errorbar(axes: "Axes", x: Sequence[float], cells: Sequence[Cell], label: str, linestyle: str = "-") -> None:
     success = np.array([cell.summary["success"] for cell in cells])
     ends = np.array([cell.summary["success_interval"] for cell in cells])
     # Wilson's interval holds the share, but for rounding at 0 and 1.
     errors = np.maximum([success - ends[:, 0], ends[:, 1] - success], 0)
-    axes.errorbar(calls, success, yerr=errors, marker="o", markersize=4, capsize=3, linewidth=1.2, label=label)
+    look: dict[str, Any] = {"marker": "o", "markersize": 4, "capsize": 3, "linewidth": 1.2, "linestyle": linestyle}
+    axes.errorbar(x, success, yerr=errors, elinewidth=1.2, label=label, **look)
 
 
 def success_by_step(cells: Sequence[Cell], base: Cell | None) -> str:
@@ -87,6 +91,31 @@ def success_by_step(cells: Sequence[Cell], base: Cell | None) -> str:
     axes.set(xlabel="training step", ylabel="success")
     axes.legend(fontsize="small", frameon=False)
     return _address(figure)
+
+
+def success_by_error(cells: Sequence[Cell]) -> str:
+    """A point for each policy whose error was measured, named beside it."""
+    figure = _figure(6.5, 4)
+    axes = figure.subplots()
+    measured = [cell for cell in cells if cell.error]
+    for series in dict.fromkeys(cell.row.series for cell in measured):
+        own = [cell for cell in measured if cell.row.series == series]
+        _errorbar(axes, [cell.error[0] for cell in own if cell.error], own, label=series, linestyle="none")
+        for cell in own:
+            _name_point(axes, cell)
+    axes.set(xlabel="reconstruction error, held out (normalised actions, squared)", ylabel="success", ylim=(0, 1))
+    axes.set_xlim(left=0)
+    axes.legend(fontsize="small", frameon=False)
+    return _address(figure)
+
+
+def _name_point(axes: "Axes", cell: Cell) -> None:
+    assert cell.error  # only measured ones are drawn
+    mean, interval = cell.error
+    if interval:
+        axes.hlines(cell.summary["success"], *interval, color="0.8", linewidth=0.8, zorder=0)
+    mark = cell.row.name.removeprefix(cell.row.series).strip()
+    axes.annotate(mark, (mean, cell.summary["success"]), xytext=(5, 4), textcoords="offset points", fontsize=7)
 
 
 def strips(cells: Sequence[Cell], base: Cell) -> str:

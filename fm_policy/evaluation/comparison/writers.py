@@ -56,6 +56,8 @@ def _record(cell: Cell, base: Cell | None) -> dict[str, Any]:
         "head_nfe": summary["head_nfe"],
         "solver": summary["solver"],
         "ms_per_chunk": cell.ms_per_chunk,
+        "held_out_error": cell.error and cell.error[0],
+        **_ends("held_out_error", cell.error and cell.error[1]),
         "seeds": summary["episodes"],
         "repeats": summary["repeats"],
         "first_seed": summary["seed"],

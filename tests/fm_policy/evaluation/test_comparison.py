@@ -5,13 +5,17 @@ import io
 import json
 import shutil
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from fm_policy.evaluation.comparison import pictures, writers
+from fm_policy.assets import default_demos
+from fm_policy.evaluation.checkpoint import load_checkpoint
+from fm_policy.evaluation.comparison import errors, pictures, writers
 from fm_policy.evaluation.comparison.cells import difference, fill
 from fm_policy.evaluation.comparison.layout import read_layout
+from fm_policy.evaluation.held_out_windows import HeldOutWindows
 from fm_policy.evaluation.report import summarise
 from fm_policy.evaluation.statistics import bootstrap_interval, mean_interval, sign_test
 
@@ -153,6 +157,37 @@ def test_a_wrong_checkpoint_is_refused_before_anything_runs(checkpoint, make_tas
     with pytest.raises(ValueError, match="nowhere is no folder"):
         next(fill(read_layout(wrong), tmp_path / "cells", make_task, "cpu"))
     assert not (tmp_path / "cells").exists()
+
+
+# Errors on demonstrations
+
+
+def test_the_error_is_that_of_the_chunks_at_the_rows_solver(filled, make_task, monkeypatch, tmp_path):
+    """Against the windows themselves; it is kept beside the evaluation and measured once for a data set."""
+    folder, _, cells = filled
+    copy = shutil.copytree(folder, tmp_path / "cells")
+    path = cells[0].row.policy_for(cells[0].column)
+    layout = read_layout(describe(path, tasks=[TASK | {"demonstrations": str(default_demos())}]))
+    monkeypatch.setattr(errors, "WINDOWS", 8)
+    measured = list(fill(layout, copy, make_task, "cpu"))
+    for cell in measured:
+        loaded = load_checkpoint(path, nfe=cell.summary["nfe"])
+        windows = HeldOutWindows.of_dataset(default_demos(), loaded.policy.config, 8, errors.DRAWS, errors.SEED)
+        assert cell.error[0] == pytest.approx(windows.errors(loaded).mean())
+        low, high = cell.error[1]
+        assert low < cell.error[0] < high
+    assert measured[0].error != measured[1].error  # 2 calls, 1 call
+    monkeypatch.setattr(HeldOutWindows, "errors", None)
+    assert [cell.error for cell in fill(layout, copy, make_task, "cpu")] == [cell.error for cell in measured]
+    (drawn,) = [text for text in pictures.draw(measured, None) if "reconstruction error" in text]
+    assert "need not succeed" in drawn
+    assert writers.records(layout, measured)[1]["held_out_error_low"] == measured[1].error[1][0]
+
+
+def test_a_policy_that_is_no_flow_has_no_error(tmp_path):
+    checkpoint = SimpleNamespace(policy=object())
+    assert errors.held_out_error(checkpoint, default_demos(), tmp_path / "error.json") is None
+    assert not list(tmp_path.iterdir())
 
 
 # Writers and pictures

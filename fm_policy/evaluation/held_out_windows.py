@@ -1,11 +1,13 @@
 """The reconstruction error of checkpoints on the episodes that their training held out."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
+from lerobot.configs.default import DatasetConfig
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.datasets import LeRobotDataset
 from lerobot.datasets.factory import make_train_eval_datasets
@@ -20,6 +22,7 @@ from fm_policy.configuration_fm_ft import FlowMatchingConfig
 from fm_policy.evaluation.checkpoint import Checkpoint
 from fm_policy.flow.losses import masked_mse
 from fm_policy.flow.noise import sample_noise
+from fm_policy.modeling_fm_ft import FlowMatchingPolicy
 
 
 class HeldOutWindows:
@@ -56,15 +59,47 @@ class HeldOutWindows:
         shape = (draws, len(self.rows), policy.horizon, policy.action_feature.shape[0])
         self.noise = sample_noise(shape, torch.Generator().manual_seed(seed))
 
+    @classmethod
+    def of_dataset(
+        cls,
+        root: Path,
+        policy: FlowMatchingConfig,
+        samples: int,
+        draws: int,
+        seed: int,
+        eval_split: float = 0.05,
+        batch_size: int = 64,
+    ) -> Self:
+        """Windows of the last episodes of a data set, those that the recipes hold out.
+
+        Args:
+            root: Folder of a LeRobotDataset.
+            policy: What the windows shall hold; so few are loaded without a window store.
+            samples: As in `__init__`, as are draws and seed.
+            draws: See there.
+            seed: See there.
+            eval_split: Share of the episodes.
+            batch_size: Windows at a time.
+
+        Raises:
+            ValueError: If there is no data set, or as `__init__`.
+        """
+        if not (root / "meta" / "info.json").is_file():
+            raise ValueError(f"no LeRobotDataset: {root} holds no meta/info.json")
+        data = DatasetConfig(repo_id=f"local/{root.name}", root=str(root), eval_split=eval_split)
+        policy = replace(policy, window_store=False)
+        training = TrainPipelineConfig(dataset=data, policy=policy, batch_size=max(batch_size, 1))
+        return cls(training, samples, draws, seed)
+
     @torch.no_grad()
-    def errors(self, checkpoint: Checkpoint, progress: tqdm) -> NDArray[np.float64]:
+    def errors(self, checkpoint: Checkpoint[FlowMatchingPolicy], progress: tqdm | None = None) -> NDArray[np.float64]:
         """Mean squared error of the chunks that the deployed solver makes, by held-out episode, `(episodes, draws)`.
 
         In normalised actions; the mean over all elements of an episode's windows that are no padding.
 
         Args:
             checkpoint: The policy; it takes its windows through its own preprocessor.
-            progress: Counts the windows.
+            progress: Counts the windows, if there is one.
         """
         chunks, actions, padding, episodes = [], [], [], []
         for batch, noise in zip(self.batches(), self.noise.split(self._batch_size, dim=1), strict=True):
@@ -73,7 +108,8 @@ class HeldOutWindows:
             actions.append(windows[ACTION].cpu())
             padding.append(windows[f"{ACTION}_is_pad"].cpu())
             episodes.append(batch["episode_index"])
-            progress.update(len(actions[-1]))
+            if progress:
+                progress.update(len(actions[-1]))
         chunk, action, is_pad, episode = torch.cat(chunks, 1), *map(torch.cat, (actions, padding, episodes))
         owned = [episode == index for index in episode.unique()]
         return np.array([[masked_mse(x1[own], action[own], is_pad[own]).item() for x1 in chunk] for own in owned])
