@@ -1,10 +1,13 @@
 """Randomness that a resumed training repeats."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor
+
+HELD_OUT_KEY = (0, 0)
 
 
 @contextmanager
@@ -24,3 +27,17 @@ def repeatable(key: Sequence[int], device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(seed[0]))
         yield
+
+
+def of_step(training: bool, steps: Tensor) -> AbstractContextManager[None]:
+    """Randomness by `--seed` and step in training; otherwise one draw for ever, so that weights are compared.
+
+    Args:
+        training: Whether the policy is in training mode.
+        steps: Its counter of training steps, a buffer `()`; in training mode it is moved on.
+    """
+    if not training:
+        return repeatable(HELD_OUT_KEY, steps.device)
+    steps += 1
+    # The seed that torch was last seeded with is LeRobot's `--seed`.
+    return repeatable((torch.initial_seed(), int(steps)), steps.device)

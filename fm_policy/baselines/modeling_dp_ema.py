@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fm_policy import contract, window_store
 from fm_policy.baselines.configuration_dp_ema import STOCHASTIC, DiffusionEmaConfig
 from fm_policy.ema import ema_decay, ema_update
+from fm_policy.repeatable import of_step
 
 
 class RepeatableDiffusion(DiffusionModel):
@@ -71,6 +72,7 @@ class DiffusionEmaPolicy(DiffusionPolicy):
         average.load_state_dict(live.state_dict())
         self.diffusion, self.ema_diffusion = live, average.requires_grad_(False)
         self.register_buffer("ema_updates", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("training_steps", torch.zeros((), dtype=torch.int64))  # see `of_step`
         self.nfe = config.nfe
         if config.window_store and dataset_meta is not None:
             window_store.attach(window_store.open_store(dataset_meta, config.observation_window, config.action_window))
@@ -83,6 +85,11 @@ class DiffusionEmaPolicy(DiffusionPolicy):
     def get_optim_params(self) -> list[nn.Parameter]:
         """The parameters to train, without their average."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, None]:
+        """LeRobot's loss; what it draws depends on `--seed` and step alone, so that a resumed training repeats it."""
+        with of_step(self.training, self.training_steps):
+            return super().forward(batch)
 
     def update(self) -> None:
         """Move the average of the weights; LeRobot's trainer calls this after every optimiser step."""

@@ -92,6 +92,20 @@ def test_what_is_trained_does_not_depend_on_the_mode_and_leaves_the_average_out(
     assert trained == {id(parameter) for parameter in ours.train().diffusion.parameters()}
 
 
+def test_the_draws_of_a_step_depend_on_seed_and_step_alone():
+    ours, batch = policy(), windows()
+    torch.manual_seed(3)
+    losses = [ours.forward(batch)[0].item() for _ in range(2)]
+    torch.rand(5)  # whatever else is drawn
+    ours.training_steps.fill_(1)
+    assert ours.forward(batch)[0].item() == losses[1] != losses[0]
+    torch.manual_seed(4)
+    ours.training_steps.zero_()
+    assert ours.forward(batch)[0].item() not in losses
+    held_out = [ours.eval().forward(batch)[0].item() for _ in range(2)]
+    assert held_out[0] == held_out[1]
+
+
 def test_padding_is_no_part_of_the_loss():
     """With the weights of the last layer zero, every prediction is its bias: the loss is that of the frames alone."""
     ours, batch = policy(prediction_type="sample"), windows()
