@@ -39,7 +39,10 @@ def export(path: Path, folder: Path, nfe: int | None = None, solver: str | None 
     if os.path.lexists(folder):
         raise ValueError(f"{folder} exists: choose another folder")
     checkpoint = _load(path, nfe, solver)
-    settings = settings_of(checkpoint)
+    try:
+        settings = settings_of(checkpoint)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be exported: {error}") from error
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as draft:
         whole = Path(draft, folder.name)
