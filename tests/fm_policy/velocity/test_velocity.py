@@ -7,7 +7,7 @@ from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 from lerobot.policies.diffusion.modeling_diffusion import DiffusionConditionalUnet1d
 from torch import nn
 
-from fm_policy.velocity import Transformer, Unet1d
+from fm_policy.velocity import Transformer, Unet1d, unet1d
 from fm_policy.velocity.interface import TimeEmbedding
 
 ACTION_DIM, OBS_DIM, HORIZON = 3, 7, 16
@@ -122,3 +122,29 @@ def test_time_embedding_tells_close_times_apart():
 def test_transformer_starts_at_zero_velocity():
     net = Transformer(ACTION_DIM, OBS_DIM, HORIZON, dim=16, layers=2, heads=2)
     assert net(0.5, torch.randn(2, HORIZON, ACTION_DIM), torch.randn(2, OBS_DIM)).abs().max() == 0
+
+
+class TestConvolutionOfFewRows:
+    """The way of a robot's batch is torch's convolution, to rounding."""
+
+    @pytest.mark.parametrize(("inputs", "outputs", "width", "stride"), [(7, 6, 5, 1), (4, 4, 3, 2), (3, 5, 1, 1)])
+    @pytest.mark.parametrize("rows", [1, unet1d.FEW_ROWS])
+    def test_equals_torchs_and_so_does_its_gradient(self, rows, inputs, outputs, width, stride):
+        ours = unet1d.Conv1d(inputs, outputs, width, stride=stride, padding=width // 2).double()
+        its = nn.Conv1d(inputs, outputs, width, stride=stride, padding=width // 2).double()
+        its.load_state_dict(ours.state_dict())
+        x = torch.randn(rows, inputs, 8, dtype=torch.double, requires_grad=True)
+        torch.testing.assert_close(ours(x), its(x))
+        gradients = [torch.autograd.grad(conv(x).sin().sum(), (x, *conv.parameters())) for conv in (ours, its)]
+        torch.testing.assert_close(*gradients)
+
+    def test_a_row_alone_is_what_it_is_among_many(self):
+        net = Unet1d(3, 5, down_dims=(16, 32), n_groups=4, time_embed_dim=16).eval()
+        x, o = torch.randn(16, 16, 3), torch.randn(16, 5)
+        with torch.no_grad():
+            torch.testing.assert_close(net(0.3, x[:1], o[:1]), net(0.3, x, o)[:1], atol=1e-5, rtol=1e-4)
+
+    def test_an_exported_graph_keeps_the_convolution(self):
+        conv = unet1d.Conv1d(4, 4, 3, padding=1).eval()
+        graph = torch.export.export(conv, (torch.randn(1, 4, 8),)).graph
+        assert [node.target for node in graph.nodes if "conv1d" in str(node.target)]
