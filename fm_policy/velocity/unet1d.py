@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fm_policy.velocity.interface import TimeEmbedding, VelocityNet
 
-# Up to this batch a CPU is faster as below: a call of the (64, 128, 256) net takes 2.5 instead of 4.5 ms for one row and
+# Up to this batch a CPU is faster as below: a call of the (64, 128, 256) net takes 2.5 instead of 4.5 ms for one row,
 # 4.7 instead of 5.7 for four, on one core; for 8 rows the two are level.
 FEW_ROWS = 4
 
