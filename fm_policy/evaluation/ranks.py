@@ -16,6 +16,9 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
+MEETING = timedelta(minutes=5)
+"""How long a process waits for the others to start."""
+
 PATIENCE = timedelta(days=30)
 """How long a process waits for the others' episodes; that one of them has ended is noticed at once."""
 
@@ -60,7 +63,7 @@ def join() -> Rank:
     if count == 1:
         return ALONE
     if not dist.is_initialized():
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=MEETING)
     return Rank(dist.get_rank(), count)
 
 
