@@ -7,6 +7,7 @@ from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.optim import AdamWConfig, DiffuserSchedulerConfig
 from lerobot.utils.constants import ACTION
 
+from fm_policy.deploy.rtc import METHODS
 from fm_policy.flow.coupling import COUPLINGS, REFUSED
 from fm_policy.flow.solvers import SOLVER_CALLS
 from fm_policy.residual.control_synth import LAYOUTS
@@ -100,6 +101,10 @@ class FlowMatchingConfig(WindowedConfig, PreTrainedConfig):
         head_penalty_weight: Its weight.
         head_penalty_margin: Its margin, a rate.
         train_base: Train the base along with the head, at `finetune_lr`.
+        rtc_method: How in LeRobot's real-time chunking a new chunk goes on from what is left of the last one: guided
+            towards it by the `gradient` of the paper, which takes a backward pass for each network call, `direct`,
+            without that gradient, or from a `warm_start`. See `fm_policy.deploy.rtc`.
+        rtc_warm_start: Time in (0, 1) at which the flow of a `warm_start` starts, between noise and what is left.
         keep_statistics: Fine-tuning on a data set with other statistics keeps the base's normalisation; False:
             such a data set is refused.
         use_ema: Keep a moving average of the weights, and use it whenever the policy is not training.
@@ -177,6 +182,9 @@ class FlowMatchingConfig(WindowedConfig, PreTrainedConfig):
     train_base: bool = False
     head_lr: float = 1e-3
 
+    rtc_method: str = "gradient"
+    rtc_warm_start: float = 0.75
+
     keep_statistics: bool = False
     finetune_lr: float = 5e-6
 
@@ -216,6 +224,7 @@ class FlowMatchingConfig(WindowedConfig, PreTrainedConfig):
             "solver": tuple(SOLVER_CALLS),
             "velocity_net": VELOCITY_NETS,
             "vision_backbone": BACKBONES,
+            "rtc_method": METHODS,
         }
         if self.coupling in REFUSED:
             raise ValueError(f"coupling={self.coupling!r} is not for a policy: {REFUSED[self.coupling]}")
@@ -230,6 +239,8 @@ class FlowMatchingConfig(WindowedConfig, PreTrainedConfig):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.drop_n_last_frames < 0:  # type: ignore[operator]
             raise ValueError(f"drop_n_last_frames must not be negative, got {self.drop_n_last_frames}")
+        if not 0 < self.rtc_warm_start < 1:
+            raise ValueError(f"rtc_warm_start must be a time in (0, 1), got {self.rtc_warm_start}")
         if self.n_action_steps > self.chunk_length:
             raise ValueError(
                 f"n_action_steps={self.n_action_steps} exceeds the {self.chunk_length} actions from the present "

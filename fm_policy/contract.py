@@ -76,3 +76,17 @@ def check_noise(noise: Tensor, shape: tuple[int, ...]) -> None:
     """
     if tuple(noise.shape) != shape:
         raise ValueError(f"noise must have the shape {shape}, got {tuple(noise.shape)}")
+
+
+def check_left_over(left_over: Tensor, action_dim: int, inference_delay: int | None) -> None:
+    """Check what is left of the last chunk, and how long the new one will take.
+
+    Raises:
+        ValueError: If they are not finite actions `(T, action_dim)` or `(1, T, action_dim)`, and a delay of 0 or more.
+    """
+    if left_over.ndim not in (2, 3) or left_over.shape[-1] != action_dim or left_over.shape[:-2] not in ((), (1,)):
+        raise ValueError(f"prev_chunk_left_over must be (T, {action_dim}), got {tuple(left_over.shape)}")
+    if not torch.isfinite(left_over).all():
+        raise ValueError("prev_chunk_left_over holds NaN or infinity")
+    if inference_delay is not None and inference_delay < 0:
+        raise ValueError(f"inference_delay must be 0 or more steps, got {inference_delay}")

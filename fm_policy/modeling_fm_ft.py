@@ -10,13 +10,15 @@ Data contract
 import copy
 import math
 from collections import deque
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
+import torch.nn.functional as F
 from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.policies.utils import populate_queues
 from lerobot.utils.constants import ACTION
 from safetensors import safe_open
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 
 from fm_policy import contract, held_out, model_card, stages, window_store
 from fm_policy.configuration_fm_ft import FlowMatchingConfig
+from fm_policy.deploy import rtc
 from fm_policy.ema import ema_decay, ema_update
 from fm_policy.flow.coupling import independent, inverse, nearest, reflow
 from fm_policy.flow.diagnostics import StepGradients
@@ -31,14 +34,13 @@ from fm_policy.flow.losses import Reduction, cfm_loss, gaussian_nll, masked_mse
 from fm_policy.flow.noise import sample_noise
 from fm_policy.flow.solvers import CountedVelocity, Velocity
 from fm_policy.net import FlowMatchingNet
-from fm_policy.repeatable import repeatable
+from fm_policy.repeatable import of_step
 from fm_policy.residual.control_synth import ControlSynth
 from fm_policy.residual.stability import PENALTIES
 
 # A learned variance must follow the error, which falls within hundreds of steps; in the net's steps of 5e-6 it stood.
 VARIANCE_LR = 1e-2
 INITIAL_SIGMA = 0.1
-HELD_OUT_KEY = (0, 0)
 
 
 class FlowMatchingPolicy(PreTrainedPolicy):
@@ -68,7 +70,7 @@ class FlowMatchingPolicy(PreTrainedPolicy):
             self._keep_base()
         if config.variance != "scalar":
             self._add_variance()
-        self.register_buffer("training_steps", torch.zeros((), dtype=torch.int64))  # see `_repeatable`
+        self.register_buffer("training_steps", torch.zeros((), dtype=torch.int64))  # see `of_step`
         self.nfe = config.nfe or 0
         if config.window_store and dataset_meta is not None:
             window_store.attach(window_store.open_store(dataset_meta, config.observation_window, config.action_window))
@@ -145,7 +147,7 @@ class FlowMatchingPolicy(PreTrainedPolicy):
             ValueError: If the windows do not have the shapes above.
         """
         contract.check_windows(self.config, batch)
-        with self._repeatable():
+        with of_step(self.training, self.training_steps):
             o = self._encode(batch)
             stage_loss = self._cfm if self.config.stage == "pretrain" else self._likelihood
             loss, logs = stage_loss(batch, o, reduction)
@@ -228,14 +230,6 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         contract.check_noise(noise, tuple(x1.shape))
         return self.active_net.chunk(self.config, noise.to(x1), self._encode(batch))
 
-    def _repeatable(self) -> AbstractContextManager[None]:
-        """Randomness by `--seed` and step in training; otherwise one draw for ever, so that weights are compared."""
-        if not self.training:
-            return repeatable(HELD_OUT_KEY, self.training_steps.device)
-        self.training_steps += 1
-        # The seed that torch was last seeded with is LeRobot's `--seed`.
-        return repeatable((torch.initial_seed(), int(self.training_steps)), self.training_steps.device)
-
     def update(self) -> None:
         """Move the average of the weights; LeRobot's trainer calls this after every optimiser step."""
         if self.config.use_ema:
@@ -277,7 +271,12 @@ class FlowMatchingPolicy(PreTrainedPolicy):
 
     @torch.no_grad()
     def predict_action_chunk(
-        self, batch: dict[str, Tensor], noise: Tensor | None = None, generator: torch.Generator | None = None
+        self,
+        batch: dict[str, Tensor],
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        inference_delay: int | None = None,
+        prev_chunk_left_over: Tensor | None = None,
     ) -> Tensor:
         """The chunk for an observation, from noise through the solver. Keeps and needs no history of its own.
 
@@ -286,12 +285,15 @@ class FlowMatchingPolicy(PreTrainedPolicy):
                 frame, `(B, *shape)`, which then stands for the whole history.
             noise: x0, `(B, horizon, action_dim)`; drawn if not given.
             generator: Source of x0, if it is not given.
+            inference_delay: In real-time chunking, actions of the last chunk that are executed meanwhile.
+            prev_chunk_left_over: What is left of it, normalised, from the present on, `(T, action_dim)`; the chunk then
+                goes on from there, see `fm_policy.deploy.rtc`. None: the chunk stands alone.
 
         Returns:
             Normalised actions from the present on, `(B, horizon - n_obs_steps + 1, action_dim)`.
 
         Raises:
-            ValueError: If an observation is missing, misshapen or not finite, or the noise misshapen.
+            ValueError: If an observation is missing, misshapen or not finite, or the noise or what is left misshapen.
         """
         history = contract.history(self.config, contract.observation(self.config, batch))
         o = self.active_net.encoder(history)
@@ -300,9 +302,34 @@ class FlowMatchingPolicy(PreTrainedPolicy):
             noise = sample_noise(shape, generator, device=o.device, dtype=o.dtype)
         contract.check_noise(noise, shape)
         v = CountedVelocity(self.active_net.velocity.bind(o))
-        chunk = self.active_net.chunk(self.config, noise.to(o), o, v)
+        x0, steered, start = noise.to(o), cast(Velocity, v), 0.0
+        if prev_chunk_left_over is not None:
+            contract.check_left_over(prev_chunk_left_over, self._action_dim, inference_delay)
+            x0, steered, start = self._continued(x0, v, prev_chunk_left_over.to(o), inference_delay or 0)
+        chunk = self.active_net.chunk(self.config, x0, o, steered, start)
         self.nfe = v.calls
         return chunk[:, self.config.n_obs_steps - 1 :]
+
+    def supports_rtc(self) -> bool:
+        """Whether LeRobot's real-time chunking can run this policy: it can."""
+        return True
+
+    def _continued(self, x0: Tensor, v: Velocity, left_over: Tensor, delay: int) -> tuple[Tensor, Velocity, float]:
+        """Start, velocity and starting time of a chunk that goes on from what is left of the last one."""
+        config, past = self.config, self.config.n_obs_steps - 1
+        settings = getattr(config, "rtc_config", None) or RTCConfig()  # set by LeRobot's engine
+        planned, known = rtc.aligned(left_over, config.horizon, past)
+        end = min(settings.execution_horizon, known)
+        if not settings.enabled or end < 1:
+            return x0, v, 0.0
+        if config.rtc_method == "warm_start":
+            grid = config.num_solver_steps
+            start = min(max(1, round(config.rtc_warm_start * grid)), grid - 1) / grid
+            return rtc.warm_start(x0, planned, start), v, start
+        weights = rtc.prefix_weights(delay, end, config.chunk_length, settings.prefix_attention_schedule.value)
+        largest = min(settings.max_guidance_weight, config.num_solver_steps)  # see `rtc.guided`
+        direct = config.rtc_method == "direct"
+        return x0, rtc.guided(v, planned, F.pad(weights, (past, 0)), largest, direct=direct), 0.0
 
     @property
     def _action_dim(self) -> int:

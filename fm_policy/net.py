@@ -36,14 +36,17 @@ class FlowMatchingNet(nn.Module):
         self.velocity = _make_velocity_net(config, self.encoder.output_dim)
         self.head = _make_head(config, self.encoder.output_dim)
 
-    def chunk(self, config: FlowMatchingConfig, x0: Tensor, o: Tensor, v: Velocity | None = None) -> Tensor:
+    def chunk(
+        self, config: FlowMatchingConfig, x0: Tensor, o: Tensor, v: Velocity | None = None, start: float = 0.0
+    ) -> Tensor:
         """The map of the robot: from noise on the configured grid to t = 1, and through the head to 1 + T_r.
 
         Args:
             config: Names the grid, and whether its flow is trained; handed in, since evaluations change the grid.
             x0: Noise, `(B, horizon, action_dim)`.
             o: Observation features, `(B, obs_dim)`.
-            v: The velocity for o, if somebody listens to it.
+            v: The velocity for o, if somebody listens to it or changes it.
+            start: Time of x0, if it is no longer noise: the grid's steps that begin before it are left out.
 
         Returns:
             Normalised chunks, `(B, horizon, action_dim)`.
@@ -51,7 +54,8 @@ class FlowMatchingNet(nn.Module):
         checkpoint = config.checkpoint_solver and self.training
         with nullcontext() if config.trains_flow else torch.no_grad():
             v = self.velocity.bind(o) if v is None else v
-            x1 = integrate(v, x0, config.solver, config.num_solver_steps, checkpoint=checkpoint)
+            steps = max(1, round((1 - start) * config.num_solver_steps))
+            x1 = integrate(v, x0, config.solver, steps, start=start, checkpoint=checkpoint)
         if self.head is None:
             return x1
         return integrate(self.head.bind(o), x1, "euler", config.head_steps, start=1.0, end=1.0 + config.head_span)
