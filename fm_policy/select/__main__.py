@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-# The starts of published results (Diffusion Policy's, see the README). A checkpoint chosen on them would be reported
+# The starts of published results (Diffusion Policy's, see RESULTS.md). A checkpoint chosen on them would be reported
 # on the luck that it was chosen for.
 REPORT_SEEDS = range(1000, 1500)
 
