@@ -85,9 +85,9 @@ def test_the_name_is_the_module_that_lerobot_imports():
     assert find_spec(NAME) is not None
 
 
-def test_the_program_lerobot_is_ours():
+def test_the_programs_are_ours():
     scripts = {script.name: script.value for script in distribution(NAME).entry_points}
-    assert scripts == {"lerobot": "fm_policy.cli:main"}
+    assert scripts == {"lerobot": "fm_policy.cli:main", "fm-policy-server": "fm_policy.deploy.server:main"}
 
 
 def test_licence():
