@@ -5,27 +5,36 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-# Two sessions of LeRobot's client, one after the other; in the second the server is killed.
-CLIENT = """
-import json, os, signal, sys, threading, time
+# A server, and two sessions of LeRobot's client, one after the other; in the second the server is killed. (A server
+# that is forked off after LeRobot is imported starts ten seconds earlier.)
+SESSIONS = """
+import json, os, signal, socket, sys, threading, time
 from pathlib import Path
 import lerobot_policy_fm_ft
+import fm_policy.modeling_fm_ft
 from env_configs import FmSimConfig
+from fm_policy.deploy import server
 from lerobot.async_inference.configs import RobotClientConfig
 from lerobot.async_inference.robot_client import RobotClient
 
-address, policy, folder, server = sys.argv[1:]
+port, policy, folder = sys.argv[1:]
+process = os.fork()
+if process == 0:
+    sys.argv = ["fm-policy-server", "--host=127.0.0.1", f"--port={port}", "--fps=10"]
+    server.main()
+while socket.socket().connect_ex(("127.0.0.1", int(port))):
+    time.sleep(0.1)
+
 
 def session(kill):
     robot = FmSimConfig(seed=2, calibration_dir=Path(folder))
     client = RobotClient(RobotClientConfig(
         policy_type="fm_ft", pretrained_name_or_path=policy, robot=robot, actions_per_chunk=8, fps=10,
-        server_address=address, task="push",
+        server_address=f"127.0.0.1:{port}", task="push",
     ))
     assert client.start()
     threads = [threading.Thread(target=client.receive_actions)]
@@ -34,7 +43,7 @@ def session(kill):
         thread.start()
     time.sleep(3.0)
     if kill:
-        os.kill(int(server), signal.SIGKILL)
+        os.kill(process, signal.SIGKILL)
         time.sleep(3.0)
     observed = client.robot.get_observation()
     client.stop()
@@ -42,6 +51,7 @@ def session(kill):
         thread.join()
     (episode,) = client.robot.episodes
     return {"fresh": episode.fresh, "last": list(episode.actions[-1]), "seen": [observed["x.pos"], observed["y.pos"]]}
+
 
 print(json.dumps([session(False), session(True)]))
 """
@@ -54,35 +64,22 @@ def port() -> int:
         return found.getsockname()[1]
 
 
-@pytest.fixture
-def server(port, tmp_path):
-    command = [sys.executable, "-m", "fm_policy.deploy.server", "--host=127.0.0.1", f"--port={port}", "--fps=10"]
-    with (tmp_path / "server.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
-        for _ in range(600):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert process.poll() is None, (tmp_path / "server.log").read_text()
-            time.sleep(0.2)
-        yield process
-        process.kill()
-        process.wait()
-
-
-def test_lerobots_client_acts_reconnects_and_holds_when_the_server_is_killed(server, port, motors_policy, tmp_path):
-    arguments = [f"127.0.0.1:{port}", str(motors_policy), str(tmp_path / "calibration"), str(server.pid)]
+def test_lerobots_client_acts_reconnects_and_holds_when_the_server_is_killed(port, motors_policy, tmp_path):
+    command = [sys.executable, "-c", SESSIONS, str(port), str(motors_policy), str(tmp_path / "calibration")]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
-    done = subprocess.run(
-        [sys.executable, "-c", CLIENT, *arguments],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    logs = tmp_path / "log"
+    with logs.open("w") as log:
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+    assert done.returncode == 0, logs.read_text()[-3000:]
     first, second = json.loads(done.stdout.splitlines()[-1])
     assert sum(first["fresh"]) >= 12
     assert sum(second["fresh"][:25]) >= 8
