@@ -286,8 +286,8 @@ class FlowMatchingPolicy(PreTrainedPolicy):
             noise: x0, `(B, horizon, action_dim)`; drawn if not given.
             generator: Source of x0, if it is not given.
             inference_delay: In real-time chunking, actions of the last chunk that are executed meanwhile.
-            prev_chunk_left_over: What is left of it, normalised, from the present on, `(T, action_dim)`; the chunk then
-                goes on from there, see `fm_policy.deploy.rtc`. None: the chunk stands alone.
+            prev_chunk_left_over: What is left of it after the present action, normalised, `(T, action_dim)`; the chunk
+                then goes on from there, see `fm_policy.deploy.rtc`. None: the chunk stands alone.
 
         Returns:
             Normalised actions from the present on, `(B, horizon - n_obs_steps + 1, action_dim)`.
@@ -316,9 +316,12 @@ class FlowMatchingPolicy(PreTrainedPolicy):
 
     def _continued(self, x0: Tensor, v: Velocity, left_over: Tensor, delay: int) -> tuple[Tensor, Velocity, float]:
         """Start, velocity and starting time of a chunk that goes on from what is left of the last one."""
-        config, past = self.config, self.config.n_obs_steps - 1
+        config = self.config
         settings = getattr(config, "rtc_config", None) or RTCConfig()  # set by LeRobot's engine
-        planned, known = rtc.aligned(left_over, config.horizon, past)
+        # LeRobot's loop sends an observation's own action before its engine looks at what is left, so that this begins
+        # with the second action of the new chunk, and one of the `delay` actions that it comes too late for is gone.
+        before = config.n_obs_steps
+        planned, known = rtc.aligned(left_over, config.horizon, before)
         end = min(settings.execution_horizon, known)
         if not settings.enabled or end < 1:
             return x0, v, 0.0
@@ -326,10 +329,11 @@ class FlowMatchingPolicy(PreTrainedPolicy):
             grid = config.num_solver_steps
             start = min(max(1, round(config.rtc_warm_start * grid)), grid - 1) / grid
             return rtc.warm_start(x0, planned, start), v, start
-        weights = rtc.prefix_weights(delay, end, config.chunk_length, settings.prefix_attention_schedule.value)
+        schedule = settings.prefix_attention_schedule.value
+        weights = rtc.prefix_weights(delay - 1, end, config.horizon - before, schedule)
         largest = min(settings.max_guidance_weight, config.num_solver_steps)  # see `rtc.guided`
         direct = config.rtc_method == "direct"
-        return x0, rtc.guided(v, planned, F.pad(weights, (past, 0)), largest, direct=direct), 0.0
+        return x0, rtc.guided(v, planned, F.pad(weights, (before, 0)), largest, direct=direct), 0.0
 
     @property
     def _action_dim(self) -> int:

@@ -95,25 +95,25 @@ def _by_gradient(v: Velocity, t: float | Tensor, x: Tensor, planned: Tensor, wei
     return slope.detach(), correction
 
 
-def aligned(left_over: Tensor, horizon: int, past: int) -> tuple[Tensor, int]:
+def aligned(left_over: Tensor, horizon: int, before: int) -> tuple[Tensor, int]:
     """What is left of the last chunk, in the places of a new one.
 
     LeRobot's engine cuts what is left to its `execution_horizon`, or fills it up with rows of zeros. Such rows at the
     end are no plan: they are not counted.
 
     Args:
-        left_over: Normalised actions from the present on, `(T, action_dim)` or `(B, T, action_dim)`.
+        left_over: Normalised actions, `(T, action_dim)` or `(B, T, action_dim)`.
         horizon: Length of a chunk as the flow knows it.
-        past: Its actions before the present, `n_obs_steps - 1`.
+        before: Its actions before the first one that is left.
 
     Returns:
         `(B, horizon, action_dim)`, with the first action before and the last after what is left; and the number of
-        actions left, at most `horizon - past`.
+        actions left, at most `horizon - before`.
     """
-    rows = (left_over if left_over.ndim == 3 else left_over[None])[:, : horizon - past]
+    rows = (left_over if left_over.ndim == 3 else left_over[None])[:, : horizon - before]
     planned = (rows != 0).any(dim=2).any(dim=0).nonzero()
     known = int(planned[-1]) + 1 if len(planned) else 0
-    index = torch.arange(horizon, device=rows.device) - past
+    index = torch.arange(horizon, device=rows.device) - before
     return rows[:, index.clamp(0, max(known - 1, 0))] if known else rows.new_zeros(
         len(rows), horizon, rows.shape[2]
     ), known

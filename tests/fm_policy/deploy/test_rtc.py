@@ -119,21 +119,21 @@ def test_inference_mode_is_refused():
 
 def test_what_is_left_takes_its_places():
     left = torch.arange(1.0, 7.0).view(3, 2)
-    planned, known = aligned(left, horizon=6, past=1)
+    planned, known = aligned(left, horizon=6, before=1)
     assert known == 3
     assert planned[0].tolist() == [[1, 2], [1, 2], [3, 4], [5, 6], [5, 6], [5, 6]]
 
 
 def test_lerobots_padding_is_no_plan():
     left = torch.cat([torch.ones(2, 2), torch.zeros(3, 2)])
-    assert aligned(left, horizon=8, past=0)[1] == 2
-    assert aligned(torch.tensor([[0.0, 0.0], [0.5, 0.0], [0.0, 0.0]]), horizon=8, past=0)[1] == 2
-    planned, known = aligned(torch.zeros(5, 2), horizon=8, past=0)
+    assert aligned(left, horizon=8, before=0)[1] == 2
+    assert aligned(torch.tensor([[0.0, 0.0], [0.5, 0.0], [0.0, 0.0]]), horizon=8, before=0)[1] == 2
+    planned, known = aligned(torch.zeros(5, 2), horizon=8, before=0)
     assert (known, planned.shape) == (0, (1, 8, 2))
 
 
 def test_a_plan_longer_than_a_chunk_is_cut():
-    assert aligned(torch.ones(20, 2), horizon=8, past=2)[1] == 6
+    assert aligned(torch.ones(20, 2), horizon=8, before=2)[1] == 6
 
 
 def test_a_warm_start_lies_on_the_straight_path():
@@ -160,7 +160,7 @@ def policy(shipped):
 
 @pytest.fixture(scope="module")
 def moments(shipped):
-    """Moments of Push-T: what is observed, and what is then left of the chunk of which three actions were executed."""
+    """Moments of Push-T: what is observed, and what is left of the chunk when the present action has been sent too."""
     env, found = make_env("pusht", False), []
     for seed in range(4):
         seen = readings(*env.reset(seed=seed))
@@ -171,12 +171,12 @@ def moments(shipped):
                 observation, *_, info = env.step(shipped.postprocessor(action[None])[0].numpy())
                 seen = readings(observation, info)
         observed = shipped.preprocessor({"observation.state": torch.tensor(seen, dtype=torch.float32)})
-        found.append((observed, chunk[executed:]))
+        found.append((observed, chunk[executed + 1 :]))
     return found
 
 
-def nearness(policy, moments, delay: int = 4) -> Tensor:
-    """How much nearer to what is left a chunk is that goes on from it than one that stands alone: 0 at it, (13,)."""
+def nearness(policy, moments, delay: int = 5) -> Tensor:
+    """How much nearer to what is left a chunk is that goes on from it than one that stands alone: 0 at it, (12,)."""
     continued, alone = [], []
     for observed, left in moments:
         noise = normal(1, 16, 2, seed=99)
@@ -184,8 +184,8 @@ def nearness(policy, moments, delay: int = 4) -> Tensor:
             chunk = policy.predict_action_chunk(observed, noise, inference_delay=delay, prev_chunk_left_over=left)
         assert chunk.shape == (1, 16, 2) and not chunk.requires_grad
         plain = policy.predict_action_chunk(observed, noise)
-        continued.append((chunk[0, :13] - left).norm(dim=1))
-        alone.append((plain[0, :13] - left).norm(dim=1))
+        continued.append((chunk[0, 1:13] - left).norm(dim=1))
+        alone.append((plain[0, 1:13] - left).norm(dim=1))
     return torch.stack(continued).mean(dim=0) / torch.stack(alone).mean(dim=0)
 
 
@@ -220,14 +220,14 @@ def test_with_real_time_chunking_switched_off_it_is_the_plain_chunk(policy, mome
 
 
 def test_the_gradient_leads_to_what_is_left(policy, moments, settings):
-    settings("ONES", max_guidance_weight=100.0, execution_horizon=13)
+    settings("ONES", max_guidance_weight=100.0, execution_horizon=12)
     assert nearness(policy, moments)[:4].mean() < 0.35
     assert policy.nfe == 16
 
 
 @pytest.mark.parametrize("steps", [16, 4, 2])
 def test_without_the_gradient_what_is_left_is_kept_to_with_any_number_of_steps(policy, moments, settings, steps):
-    settings("ONES", max_guidance_weight=100.0, execution_horizon=13)
+    settings("ONES", max_guidance_weight=100.0, execution_horizon=12)
     policy.config.rtc_method, policy.config.num_solver_steps = "direct", steps
     assert nearness(policy, moments)[:4].mean() < 0.15
 
@@ -236,7 +236,7 @@ def test_without_the_gradient_what_is_left_is_kept_to_with_any_number_of_steps(p
 def test_guidance_fades_along_the_chunk(policy, moments, settings, method):
     settings(execution_horizon=8)
     policy.config.rtc_method = method
-    near = nearness(policy, moments, delay=3)
+    near = nearness(policy, moments, delay=4)
     assert near[:3].mean() < near[3:8].mean() < near[8:].mean()
 
 
@@ -263,14 +263,14 @@ def test_a_misshapen_rest_is_refused(policy, moments, left, delay, words):
 
 
 def test_a_history_keeps_its_places(tiny):
-    """With two observations a chunk begins one action before the present, which no weight reaches."""
+    """With two observations a chunk begins one action before the present; what is left begins one after it."""
     policy = tiny.policy(n_obs_steps=2, num_solver_steps=16, rtc_method="direct").eval()
     policy.config.rtc_config = RTCConfig(prefix_attention_schedule=RTCAttentionSchedule.ONES, max_guidance_weight=100.0)
     observed, left = tiny.frame(policy.config, size=1), normal(10, 3, seed=4)
-    given = {"inference_delay": 10, "prev_chunk_left_over": left}
+    given = {"inference_delay": 11, "prev_chunk_left_over": left}
     chunk = policy.predict_action_chunk(observed, normal(1, 16, 3), **given)
     assert chunk.shape == (1, 15, 3)
-    torch.testing.assert_close(chunk[0, :10], left, atol=0.1, rtol=0)
+    torch.testing.assert_close(chunk[0, 1:11], left, atol=0.1, rtol=0)
 
 
 @pytest.mark.parametrize(
