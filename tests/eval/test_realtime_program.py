@@ -1,0 +1,31 @@
+"""`eval/realtime.py`: what it tells of short episodes with LeRobot's two engines."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+PROGRAM = str(Path(__file__).resolve().parents[2] / "eval" / "realtime.py")
+
+
+def test_it_tells_what_a_slow_policy_misses_and_where_chunks_meet(monkeypatch, tmp_path, capsys):
+    file = tmp_path / "told.json"
+    engines = ["sync", "rtc:direct"]
+    arguments = ["--engine", *engines, "--latency", "0.25", "--episodes", "1", "--nfe", "2", "--seconds", "3"]
+    monkeypatch.setattr(sys, "argv", [PROGRAM, *arguments, "--out", str(file)])
+    here = Path.cwd()
+    runpy.run_path(PROGRAM, run_name="__main__")
+    assert Path.cwd() == here
+    told = json.loads(file.read_text())
+    assert [(run["engine"], run["latency"]) for run in told["runs"]] == [(engine, 0.25) for engine in engines]
+    sync, rtc = told["runs"]
+    assert rtc["missed"] < sync["missed"] < 0.6
+    assert sync["missed"] > 0.1  # two or three of every ten steps
+    for run in told["runs"]:
+        (row,) = run["rows"]
+        assert (row["seed"], row["steps"], row["ended"]) == (1000, 30, "time")
+        assert 2 <= row["chunks"] <= 10
+        assert row["chunk_s"] > 0.25
+        assert min(row["jerk"], row["jerk_at_seams"], row["jerk_between"]) > 0
+    shown = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [run["score"] for run in shown] == [run["score"] for run in told["runs"]]
