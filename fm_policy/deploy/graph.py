@@ -10,7 +10,7 @@ that neither its size nor the time to load it grows with the number of steps; to
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ from fm_policy.modeling_fm_ft import FlowMatchingPolicy
 from fm_policy.velocity import VelocityNet
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    from onnx import GraphProto, ModelProto, NodeProto
 
 Policy = Checkpoint[FlowMatchingPolicy]
 
@@ -87,6 +87,20 @@ class Step(nn.Module):
         return self.step(self.net.bind(o), t, self.h, x)  # type: ignore[arg-type]
 
 
+class Parts(nn.Module):
+    """Encoder, steps and decoder side by side: to trace them at once, since each trace costs seconds by itself."""
+
+    def __init__(self, encode: Encode, steps: Iterable[Step], decode: Decode) -> None:
+        super().__init__()
+        self.encode, self.steps, self.decode = encode, nn.ModuleList(steps), decode
+
+    def forward(
+        self, observation: dict[str, Tensor], x: Tensor, t: Tensor, o: Tensor, chunk: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Features, states after a step, actions."""
+        return self.encode(observation), *(step(x, t, o) for step in self.steps), self.decode(chunk)
+
+
 def only_step[S](steps: Any, kind: type[S]) -> S:
     """The one step of that kind."""
     (found,) = (step for step in steps if isinstance(step, kind))
@@ -129,66 +143,62 @@ def write_pt2(checkpoint: Policy, file: Path) -> None:
 def write_onnx(checkpoint: Policy, file: Path) -> None:
     """Write the graph as ONNX."""
     import onnx
+    from onnx import helper
+    from onnx.utils import Extractor
 
     config, net = checkpoint.policy.config, checkpoint.policy.active_net
-    x, observation = inputs(checkpoint)
-    o = torch.zeros(1, net.encoder.output_dim)
-    flow = ("flow", net.velocity, config.solver, config.num_solver_steps, 0.0, 1.0)
-    head = ("head", net.head, "euler", config.head_steps, 1.0, 1.0 + config.head_span)
-    models = [_part("encode", Encode(checkpoint), (observation,), list(observation), "o")]
-    state = "noise"
-    for name, field, solver, count, start, end in (flow, head):
-        if field is not None:
-            h = (end - start) / count
-            step = _part(name, Step(field, solver, h), (x, torch.zeros(()), o), ["x", "t", "o"], "next")
-            models.append(_loop(step, [start + n * h for n in range(count)], state, name))
-            state = name
-    models.append(_part("decode", Decode(checkpoint), (x,), [state], "actions"))
-    model = _join(models)
-    onnx.checker.check_model(model, full_check=True)
-    onnx.save(model, file)
+    noise, observation = inputs(checkpoint)
+    legs = [("flow", net.velocity, config.solver, config.num_solver_steps, 0.0, 1.0)]
+    if net.head is not None:
+        legs.append(("head", net.head, "euler", config.head_steps, 1.0, 1.0 + config.head_span))
+    steps = [Step(field, solver, (end - start) / count) for _, field, solver, count, start, end in legs]
+    parts = Parts(Encode(checkpoint), steps, Decode(checkpoint))
+    # The clone: one tensor in two places would be traced as one input.
+    example = (observation, noise, torch.zeros(()), torch.zeros(1, net.encoder.output_dim), noise.clone())
+    names = [name for name, *_ in legs]
+    model = _trace(parts, example, [*observation, "x", "t", "o", "chunk"], ["features", *names, "actions"])
+    extract = Extractor(model).extract_model
+
+    encode = extract([*observation], ["features"]).graph
+    decode = extract(["chunk"], ["actions"]).graph
+    nodes = [*encode.node, helper.make_node("Identity", ["features"], ["o"])]
+    state, weights = "noise", list(model.graph.initializer)
+    for name, _, _, count, start, end in legs:
+        times = np.array([start + n * (end - start) / count for n in range(count)], dtype=np.float32)
+        weights.append(onnx.numpy_helper.from_array(times, f"{name}.times"))
+        body = extract(["x", "t", "o"], [name]).graph
+        nodes.append(_loop(body, [state, f"{name}.times"], f"{name}.end"))
+        state = f"{name}.end"
+    nodes += [helper.make_node("Identity", [state], ["chunk"]), *decode.node]
+    values = [*encode.input, helper.make_tensor_value_info("noise", onnx.TensorProto.FLOAT, noise.shape)]
+    graph = helper.make_graph(nodes, "policy", values, decode.output, weights)
+    whole = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    onnx.checker.check_model(whole)
+    onnx.save(whole, file)
 
 
-def _part(name: str, module: nn.Module, example: tuple[Any, ...], names: list[str], output: str) -> "ModelProto":
-    """A module as ONNX, each of its inner names beginning with `name`."""
-    from onnx.compose import add_prefix
-
+def _trace(module: nn.Module, example: tuple[Any, ...], names: list[str], outputs: list[str]) -> "ModelProto":
     with _quiet():
         traced = torch.export.export(module.eval(), example)
-        program = torch.onnx.export(traced, dynamo=True, input_names=names, output_names=[output], verbose=False)
+        program = torch.onnx.export(traced, dynamo=True, input_names=names, output_names=outputs, verbose=False)
     assert program is not None
     model = program.model_proto
     for node in model.graph.node:
         del node.metadata_props[:]  # where in the source it came from: a third of the file
-    return add_prefix(model, f"{name}.", rename_inputs=False, rename_outputs=False)
+    return model
 
 
-def _loop(step: "ModelProto", times: list[float], start: str, end: str) -> "ModelProto":
-    """A step from x at t under o, once for each time: ONNX's Scan from `start` to `end`, which sees o from outside."""
-    from onnx import helper, numpy_helper
+def _loop(body: "GraphProto", values: list[str], end: str) -> "NodeProto":
+    """ONNX's Scan: x from the first of the values through the body, once for each t in the second, to `end`.
 
-    body = step.graph
-    x, t, o = body.input
-    shape = [dim.dim_value for dim in x.type.tensor_type.shape.dim]
-    ends = [helper.make_tensor_value_info(name, x.type.tensor_type.elem_type, shape) for name in (start, end)]
-    grid = numpy_helper.from_array(np.array(times, dtype=np.float32), f"{end}.times")
-    del body.input[:]
-    body.input.extend([x, t])
-    scan = helper.make_node("Scan", [start, grid.name], [end], name=end, body=body, num_scan_inputs=1)
-    graph = helper.make_graph([scan], end, [ends[0], o], [ends[1]], [grid])
-    return helper.make_model(graph, opset_imports=step.opset_import, ir_version=step.ir_version)
-
-
-def _join(models: "Sequence[ModelProto]") -> "ModelProto":
-    """One graph of parts that find each other by the names of inputs and outputs; the last one's are its own."""
+    The features o and the weights are those of the graph around it.
+    """
     from onnx import helper
 
-    made = {value.name for model in models for value in model.graph.output}
-    wanted = {value.name: value for model in models for value in model.graph.input if value.name not in made}
-    nodes = [node for model in models for node in model.graph.node]
-    weights = [weight for model in models for weight in model.graph.initializer]
-    graph = helper.make_graph(nodes, "policy", list(wanted.values()), list(models[-1].graph.output), weights)
-    return helper.make_model(graph, opset_imports=models[0].opset_import, ir_version=models[0].ir_version)
+    del body.initializer[:]
+    x, t, _ = body.input
+    scan = helper.make_graph(body.node, end, [x, t], body.output)
+    return helper.make_node("Scan", values, [end], name=end, body=scan, num_scan_inputs=1)
 
 
 @contextmanager

@@ -227,42 +227,45 @@ def blank(settings: Mapping[str, Any]) -> Frame:
 
 def describe(settings: Mapping[str, Any]) -> str:
     """What a folder expects and promises, as text."""
-    policy, limits = settings["policy"], settings["limits"]
+    policy, limits, certificate = settings["policy"], settings["limits"], settings["certificate"]
+    names, steps = settings["action"]["names"] or "", settings["n_obs_steps"]
     lines = [
-        f"{policy['type']}, {policy['velocity_net']}, stage {policy['stage']}; checkpoint {policy['fingerprint'][:16]}"
+        f"policy {policy['type']} ({policy['velocity_net']}, stage {policy['stage']}) of {policy['fingerprint'][:12]}",
+        f"{policy['solver']}, {policy['nfe']} network calls, {policy['head_nfe']} of the head {policy['head'] or ''}",
+        *(f"expects {name}: {f['kind']} {tuple(f['shape'])}" for name, f in settings["observations"].items()),
+        f"sees {steps} observations, executes {settings['n_action_steps']} of {settings['chunk_length']} actions",
+        f"promises actions {names} of {len(limits['low'])} numbers, in double precision",
+        *(f"limit {name}: {value}" for name, value in limits.items()),
+        *(f"certificate: {claim}" for claim in (certificate["claims"] if certificate else [])),
+        f"made with {settings['versions']}",
     ]
-    lines += [
-        f"{policy['solver']}, {policy['nfe']} network calls + {policy['head_nfe']} of the head ({policy['head']})"
-    ]
-    lines += [f"expects {name}: {f['kind']} {tuple(f['shape'])}" for name, f in settings["observations"].items()]
-    lines += [f"sees {settings['n_obs_steps']} observations; executes {settings['n_action_steps']} actions of a chunk"]
-    lines += [
-        f"promises actions {settings['action']['names'] or ''} of {len(limits['low'])} numbers, in double precision"
-    ]
-    lines += [f"limit {name}: {value}" for name, value in limits.items()]
-    lines += [f"certificate: {line}" for line in settings["certificate"]["claims"]] if settings["certificate"] else []
-    return "\n".join([*lines, f"made with {settings['versions']}"])
+    return "\n".join(lines)
 
 
 def benchmark(folder: Path, chunks: int) -> str:
-    """Time chunks with one thread, from an observation to an action, and a cold start in a process of its own."""
+    """Time chunks with one thread, from an observation to an action, and a cold start in a process of its own.
+
+    Seconds of the processor are told beside those of the wall, for a machine that others use too.
+    """
     import resource
 
-    start = time.perf_counter()
     first = "import runner; r = runner.load(); assert r.act(runner.blank(r.settings)) is not None"
+    start = time.perf_counter()
     subprocess.run([sys.executable, "-c", first], cwd=folder, check=True)
-    cold, runner, seconds = time.perf_counter() - start, load(folder, deadline=None), []
-    for _ in range(chunks):
+    cold, child = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    runner, seconds = load(folder, deadline=None), np.empty((chunks, 2))
+    for n in range(chunks):
         runner.reset()
-        start = time.perf_counter()
+        before = np.array([time.perf_counter(), time.process_time()])
         runner.act(blank(runner.settings))
-        seconds.append(time.perf_counter() - start)
-    p50, p99, worst = 1e3 * np.quantile(seconds, [0.5, 0.99, 1.0])
+        seconds[n] = np.array([time.perf_counter(), time.process_time()]) - before
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    return (
-        f"{chunks} chunks on one thread: p50 {p50:.2f} ms, p99 {p99:.2f} ms, worst {worst:.2f} ms\n"
-        f"cold start, from a new process to its first action: {cold:.2f} s; peak memory {peak:.0f} MiB"
-    )
+    lines = [f"{chunks} chunks on one thread"]
+    for kind, row in zip(("wall", "processor"), 1e3 * np.quantile(seconds, [0.5, 0.99, 1.0], axis=0).T, strict=True):
+        lines.append("  {}: p50 {:.2f} ms, p99 {:.2f} ms, worst {:.2f} ms".format(kind, *row))
+    lines.append("cold start, from a new process to its first action")
+    lines.append(f"  wall: {cold:.2f} s\n  processor: {child.ru_utime + child.ru_stime:.2f} s")
+    return "\n".join([*lines, f"peak memory: {peak:.0f} MiB"])
 
 
 def main() -> None:
@@ -271,6 +274,8 @@ def main() -> None:
     parser.add_argument("--describe", action="store_true", help="print what the folder expects and promises")
     parser.add_argument("--benchmark", type=int, metavar="N", help="time N chunks")
     args = parser.parse_args()
+    if args.benchmark is not None and args.benchmark < 1:
+        parser.error(f"--benchmark needs at least 1 chunk, got {args.benchmark}")
     folder = Path(__file__).resolve().parent
     try:
         if args.describe or args.benchmark is None:

@@ -29,7 +29,7 @@ SETTINGS = {
 
 
 class Graph:
-    """Answers the latest number x of the observations by the chunk x, x + 0.1, ..., x + 0.6; waits while it is told to."""
+    """Answers the latest number x that was observed by the chunk x, x + 0.1, ..., x + 0.6; waits while told to."""
 
     def __init__(self) -> None:
         self.inputs: list[dict] = []
