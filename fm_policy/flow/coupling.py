@@ -44,6 +44,35 @@ def independent(x1: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 
 @torch.no_grad()
+def minibatch_ot(x0: Tensor, x1: Tensor) -> Tensor:
+    """The noise of a batch, handed out anew so that the sum of |x0 - x1|^2 is least (OT-CFM, Tong et al. 2024).
+
+    Right only where nothing is observed. There, any handing out leaves the noise as a whole N(0, I); under an
+    observation it does not, so policies are refused it (`REFUSED`). The data stay where they are, and every noise is
+    used once: whatever belongs to a row of the data still does.
+
+    Args:
+        x0: Noise, `(B, ...)`.
+        x1: Data, the same shape.
+
+    Returns:
+        The rows of x0 in another order, row i for row i of the data.
+
+    Raises:
+        ValueError: If the shapes differ, or a number is not finite.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    if x0.shape != x1.shape:
+        raise ValueError(f"noise {tuple(x0.shape)} and data {tuple(x1.shape)} must have one shape to be paired")
+    cost = torch.cdist(x1.flatten(1).double(), x0.flatten(1).double()).square()
+    if not cost.isfinite().all():
+        raise ValueError("noise and data must be finite to be paired")
+    _, order = linear_sum_assignment(cost.cpu().numpy())
+    return x0[torch.from_numpy(order).to(x0.device)]
+
+
+@torch.no_grad()
 def nearest(
     x1: Tensor,
     k: int,

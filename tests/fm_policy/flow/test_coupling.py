@@ -2,12 +2,13 @@
 
 import copy
 import math
+from itertools import permutations
 
 import pytest
 import torch
 from torch import nn
 
-from fm_policy.flow.coupling import independent, inverse, nearest, reflow
+from fm_policy.flow.coupling import independent, inverse, minibatch_ot, nearest, reflow
 from fm_policy.flow.losses import cfm_loss, masked_mse
 from fm_policy.flow.noise import sample_noise
 from fm_policy.flow.solvers import integrate
@@ -55,6 +56,45 @@ def test_independent_is_gaussian_and_blind_to_the_data():
     assert abs(x0.std() - 1) < 0.02
     correlation = torch.corrcoef(torch.stack([x0[:, 0, 0], x1[:, 0, 0]]))[0, 1]
     assert abs(correlation) < 0.05  # 3 standard errors of 4000 samples
+
+
+class TestMinibatchOt:
+    def pairs(self, size=64):
+        return independent(torch.empty(size, 3, 2), seeded(1)), 2 * torch.randn(size, 3, 2, generator=seeded(2))
+
+    def test_gives_every_noise_out_once_and_leaves_the_data(self):
+        """So the marginal of the noise is what it was, exactly."""
+        x0, x1 = self.pairs()
+        before = x1.clone()
+        paired = minibatch_ot(x0, x1)
+        assert torch.equal(x1, before)
+        assert not torch.equal(paired, x0)
+        ordered = (x.flatten(1)[x.flatten(1)[:, 0].argsort()] for x in (x0, paired))
+        assert torch.equal(*ordered)
+
+    def test_lowers_the_transport_cost(self):
+        x0, x1 = self.pairs()
+        costs = [(x - x1).square().sum().item() for x in (x0, minibatch_ot(x0, x1))]
+        assert costs[1] < 0.9 * costs[0]
+
+    def test_no_order_costs_less(self):
+        """Against all 720 orders of six rows."""
+        x0, x1 = self.pairs(6)
+        least = min((x0[list(order)] - x1).square().sum().item() for order in permutations(range(6)))
+        assert (minibatch_ot(x0, x1) - x1).square().sum().item() == pytest.approx(least)
+
+    def test_on_a_line_it_keeps_the_order(self):
+        x1 = torch.tensor([3.0, -1.0, 0.5]).view(3, 1, 1)
+        x0 = torch.tensor([0.1, 0.2, -0.3]).view(3, 1, 1)
+        assert minibatch_ot(x0, x1).flatten().tolist() == pytest.approx([0.2, -0.3, 0.1])
+
+    def test_refuses_what_cannot_be_paired(self):
+        x0, x1 = self.pairs()
+        with pytest.raises(ValueError, match=r"noise \(64, 3, 2\) and data \(63, 3, 2\) must have one shape"):
+            minibatch_ot(x0, x1[1:])
+        x1[5, 1, 0] = math.nan
+        with pytest.raises(ValueError, match="must be finite"):
+            minibatch_ot(x0, x1)
 
 
 class TestNearest:
