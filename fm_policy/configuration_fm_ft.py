@@ -102,8 +102,8 @@ class FlowMatchingConfig(WindowedConfig, PreTrainedConfig):
         head_penalty_margin: Its margin, a rate.
         train_base: Train the base along with the head, at `finetune_lr`.
         rtc_method: How in LeRobot's real-time chunking a new chunk goes on from what is left of the last one: guided
-            towards it by the `gradient` of the paper, which takes a backward pass for each network call, `direct`,
-            without that gradient, or from a `warm_start`. See `fm_policy.deploy.rtc`.
+            towards it, `direct` or by the `gradient` of the paper, which takes a backward pass for each network call,
+            or from a `warm_start`. See `fm_policy.deploy.rtc`.
         rtc_warm_start: Time in (0, 1) at which the flow of a `warm_start` starts, between noise and what is left.
         keep_statistics: Fine-tuning on a data set with other statistics keeps the base's normalisation; False:
             such a data set is refused.
@@ -182,7 +182,7 @@ class FlowMatchingConfig(WindowedConfig, PreTrainedConfig):
     train_base: bool = False
     head_lr: float = 1e-3
 
-    rtc_method: str = "gradient"
+    rtc_method: str = "direct"
     rtc_warm_start: float = 0.75
 
     keep_statistics: bool = False

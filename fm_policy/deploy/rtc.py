@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fm_policy.flow.solvers import Velocity
 
-METHODS = ("gradient", "direct", "warm_start")
-"""How a chunk goes on: `guided` with the gradient, without it, or from a `warm_start`."""
+METHODS = ("direct", "gradient", "warm_start")
+"""How a chunk goes on: `guided` without the gradient or with it, or from a `warm_start`."""
 
 SCHEDULES = ("EXP", "LINEAR", "ONES", "ZEROS")
 

@@ -221,6 +221,7 @@ def test_with_real_time_chunking_switched_off_it_is_the_plain_chunk(policy, mome
 
 def test_the_gradient_leads_to_what_is_left(policy, moments, settings):
     settings("ONES", max_guidance_weight=100.0, execution_horizon=12)
+    policy.config.rtc_method = "gradient"
     assert nearness(policy, moments)[:4].mean() < 0.35
     assert policy.nfe == 16
 
