@@ -1,4 +1,4 @@
-"""The door that LeRobot knocks on: importing this registers the policies, the tasks and the simulated robot, nothing heavy."""
+"""The door that LeRobot knocks on: importing this registers policies, tasks and a simulated robot, nothing heavy."""
 
 import env_configs  # noqa: F401
 from fm_policy.baselines.configuration_dp_ema import DiffusionEmaConfig
