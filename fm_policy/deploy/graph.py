@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -139,53 +139,86 @@ def write_pt2(checkpoint: Policy, file: Path) -> None:
         torch.export.save(torch.export.export(Whole(checkpoint).eval(), (noise, observation)), file)
 
 
+class Leg(NamedTuple):
+    """A stretch of the way from noise to chunk: equal steps along one net."""
+
+    name: str
+    net: VelocityNet
+    solver: str
+    steps: int
+    start: float
+    end: float
+
+    @property
+    def h(self) -> float:
+        """The step's length."""
+        return (self.end - self.start) / self.steps
+
+    @property
+    def times(self) -> NDArray[np.float32]:
+        """Where each step starts, as `flow.solvers.integrate` has it."""
+        return np.array([self.start + n * self.h for n in range(self.steps)], dtype=np.float32)
+
+
+def _legs(checkpoint: Policy) -> list[Leg]:
+    config, net = checkpoint.policy.config, checkpoint.policy.active_net
+    flow = Leg("flow", net.velocity, config.solver, config.num_solver_steps, 0.0, 1.0)
+    if net.head is None:
+        return [flow]
+    return [flow, Leg("head", net.head, "euler", config.head_steps, 1.0, 1.0 + config.head_span)]
+
+
 @torch.no_grad()
 def write_onnx(checkpoint: Policy, file: Path) -> None:
     """Write the graph as ONNX."""
     import onnx
-    from onnx import helper
-    from onnx.utils import Extractor
 
-    config, net = checkpoint.policy.config, checkpoint.policy.active_net
+    legs = _legs(checkpoint)
+    model = _assemble(_trace(checkpoint, legs), legs)
+    onnx.checker.check_model(model)
+    onnx.save(model, file)
+
+
+def _trace(checkpoint: Policy, legs: list[Leg]) -> "ModelProto":
+    """The parts as ONNX: `features` of the observations, each leg's next x of x, t and o, `actions` of the `chunk`."""
     noise, observation = inputs(checkpoint)
-    legs = [("flow", net.velocity, config.solver, config.num_solver_steps, 0.0, 1.0)]
-    if net.head is not None:
-        legs.append(("head", net.head, "euler", config.head_steps, 1.0, 1.0 + config.head_span))
-    steps = [Step(field, solver, (end - start) / count) for _, field, solver, count, start, end in legs]
-    parts = Parts(Encode(checkpoint), steps, Decode(checkpoint))
+    steps = [Step(leg.net, leg.solver, leg.h) for leg in legs]
+    parts = Parts(Encode(checkpoint), steps, Decode(checkpoint)).eval()
+    o = torch.zeros(1, checkpoint.policy.active_net.encoder.output_dim)
     # The clone: one tensor in two places would be traced as one input.
-    example = (observation, noise, torch.zeros(()), torch.zeros(1, net.encoder.output_dim), noise.clone())
-    names = [name for name, *_ in legs]
-    model = _trace(parts, example, [*observation, "x", "t", "o", "chunk"], ["features", *names, "actions"])
-    extract = Extractor(model).extract_model
-
-    encode = extract([*observation], ["features"]).graph
-    decode = extract(["chunk"], ["actions"]).graph
-    nodes = [*encode.node, helper.make_node("Identity", ["features"], ["o"])]
-    state, weights = "noise", list(model.graph.initializer)
-    for name, _, _, count, start, end in legs:
-        times = np.array([start + n * (end - start) / count for n in range(count)], dtype=np.float32)
-        weights.append(onnx.numpy_helper.from_array(times, f"{name}.times"))
-        body = extract(["x", "t", "o"], [name]).graph
-        nodes.append(_loop(body, [state, f"{name}.times"], f"{name}.end"))
-        state = f"{name}.end"
-    nodes += [helper.make_node("Identity", [state], ["chunk"]), *decode.node]
-    values = [*encode.input, helper.make_tensor_value_info("noise", onnx.TensorProto.FLOAT, noise.shape)]
-    graph = helper.make_graph(nodes, "policy", values, decode.output, weights)
-    whole = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
-    onnx.checker.check_model(whole)
-    onnx.save(whole, file)
-
-
-def _trace(module: nn.Module, example: tuple[Any, ...], names: list[str], outputs: list[str]) -> "ModelProto":
+    example = (observation, noise, torch.zeros(()), o, noise.clone())
+    names = [*observation, "x", "t", "o", "chunk"]
+    outputs = ["features", *(leg.name for leg in legs), "actions"]
     with _quiet():
-        traced = torch.export.export(module.eval(), example)
+        traced = torch.export.export(parts, example)
         program = torch.onnx.export(traced, dynamo=True, input_names=names, output_names=outputs, verbose=False)
     assert program is not None
     model = program.model_proto
     for node in model.graph.node:
         del node.metadata_props[:]  # where in the source it came from: a third of the file
     return model
+
+
+def _assemble(parts: "ModelProto", legs: list[Leg]) -> "ModelProto":
+    """The parts behind one another: encode, loop over each leg's times, decode."""
+    from onnx import TensorProto, helper, numpy_helper
+    from onnx.utils import Extractor
+
+    extract = Extractor(parts).extract_model
+    observations = [value.name for value in parts.graph.input if value.name not in ("x", "t", "o", "chunk")]
+    encode, decode = extract(observations, ["features"]).graph, extract(["chunk"], ["actions"]).graph
+    shape = [dim.dim_value for dim in decode.input[0].type.tensor_type.shape.dim]
+    noise = helper.make_tensor_value_info("noise", TensorProto.FLOAT, shape)
+    nodes = [*encode.node, helper.make_node("Identity", ["features"], ["o"])]
+    state = noise.name
+    for leg in legs:
+        body = extract(["x", "t", "o"], [leg.name]).graph
+        nodes.append(_loop(body, [state, f"{leg.name}.times"], f"{leg.name}.end"))
+        state = f"{leg.name}.end"
+    nodes += [helper.make_node("Identity", [state], ["chunk"]), *decode.node]
+    weights = [*parts.graph.initializer, *(numpy_helper.from_array(leg.times, f"{leg.name}.times") for leg in legs)]
+    graph = helper.make_graph(nodes, "policy", [*encode.input, noise], decode.output, weights)
+    return helper.make_model(graph, opset_imports=parts.opset_import, ir_version=parts.ir_version)
 
 
 def _loop(body: "GraphProto", values: list[str], end: str) -> "NodeProto":
