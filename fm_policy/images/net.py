@@ -28,7 +28,7 @@ class Shape:
         channels: Of each level; each level halves the image of the one before.
         layers: Residual blocks of a level.
         attention: The levels that attend, counted from 0.
-        head_channels: Channels of an attention head.
+        head_channels: Channels of an attention head; levels that attend, and the last one, have a multiple of it.
         dropout: Probability in the residual blocks.
         groups: Of the group norms.
     """
@@ -39,6 +39,11 @@ class Shape:
     head_channels: int = 64
     dropout: float = 0.0
     groups: int = 8
+
+    def __post_init__(self) -> None:
+        attending = [self.channels[level] for level in self.attention] + [self.channels[-1]] * bool(self.attention)
+        if any(channels % self.head_channels for channels in attending):
+            raise ValueError(f"levels that attend need multiples of {self.head_channels} channels, got {self.channels}")
 
 
 class Unet2d(nn.Module):

@@ -33,6 +33,10 @@ class TestUnet2d:
         one_by_one = torch.cat([net(t.item(), x[n : n + 1]) for n, t in enumerate(each)])
         torch.testing.assert_close(net(each, x), one_by_one)
 
+    def test_refuses_an_attention_without_a_whole_head(self):
+        with pytest.raises(ValueError, match=r"levels that attend need multiples of 64 channels, got \(64, 32\)"):
+            Shape((64, 32), attention=(0,))
+
     def test_cifar10_has_the_paper_s_size(self):
         """Tong et al.'s net has 35.7 million parameters; diffusers' of the same settings is near it."""
         with torch.device("meta"):
