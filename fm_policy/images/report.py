@@ -71,7 +71,7 @@ def draw_curves(curves: dict[str, list[dict[int, float]]], grid: Grid, floor: fl
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     axis = figure.subplots()
     for n, (title, seeds) in enumerate(curves.items()):
         share = np.array([*seeds[0]]) / max(seeds[0])
@@ -83,7 +83,7 @@ def draw_curves(curves: dict[str, list[dict[int, float]]], grid: Grid, floor: fl
             axis.plot(share, values.T, color=f"C{n}", linewidth=0.5, alpha=0.5)
     axis.axhline(floor, color="0.5", linestyle=":", label="real images held out")
     axis.set(xlabel="share of the steps", ylabel=f"Fréchet distance, {grid.title}", yscale="log")
-    axis.legend(fontsize=7)
+    figure.legend(loc="outside right upper", fontsize=7)
     _save(figure, path, dpi=80)
 
 
@@ -137,4 +137,4 @@ def _calls(cell: dict[str, Any], grid: Grid) -> str:
 
 def _save(figure: Any, path: Path, dpi: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=dpi)
+    figure.savefig(path, dpi=dpi, bbox_inches="tight")
