@@ -25,7 +25,7 @@ class Conv1d(nn.Conv1d):
             return super().forward(x)
         (width,), (stride,), padding = self.kernel_size, self.stride, int(self.padding[0])
         windows = F.pad(x, (padding, padding)).unfold(2, width, stride)  # (B, inputs, T', width)
-        rows = windows.transpose(1, 2).flatten(2)
+        rows = windows.transpose(1, 2).flatten(2).contiguous()  # a view, of width 1, would round as its memory lies
         return F.linear(rows, self.weight.flatten(1), self.bias).transpose(1, 2)
 
 
