@@ -8,8 +8,9 @@ of two data sets, or of the paper, do not compare.
 
 Pairs of (6): nothing is observed, so on independent pairs its minimiser is the mean image, and nearly so on pairs of
 optimal transport in a batch, since distances between noise and images hardly depend on the image. The default is
-`nearest`, of k noises the one whose image comes nearest: a real signal that keeps the modes. `inverse` pairs are the
-base's own, so that little is left to learn but its solver's error, and cost 32 calls of the net.
+`inverse`, the noise that the frozen base, finely solved, carries to the image: nothing is averaged, and what there is
+to learn is the error of few solver steps, for 32 calls of the net. `nearest`, of k noises the one whose image comes
+nearest, works on moons in the plane, but among so many pixels 8 noises are too few to choose from.
 
 Every model is a safetensors file and every cell of the table a JSON file in `--out`; the same command goes on where
 it was stopped. With `--minutes` it stops by itself, with exit status 75, e.g. for an accelerator lent in slices:
