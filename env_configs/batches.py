@@ -2,6 +2,7 @@
 
 import multiprocessing
 from collections.abc import Callable
+from typing import ClassVar
 
 import gymnasium as gym
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
@@ -10,7 +11,13 @@ from lerobot.envs.utils import freeze_after_episode_end
 
 
 class BatchedEnvConfig(EnvConfig):
-    """A configuration whose environments are made one by one or in batches, of gymnasium's `gym_id`."""
+    """A configuration whose environments are made one by one or in batches, of gymnasium's `gym_id`.
+
+    Attributes:
+        BATCH_SIZE: environments at a time that a small computer has the memory for.
+    """
+
+    BATCH_SIZE: ClassVar[int] = 64
 
     def make(self) -> gym.Env:
         """One environment, not vectorised.

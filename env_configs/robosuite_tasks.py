@@ -161,6 +161,7 @@ class RobosuiteEnv(BatchedEnvConfig):
         features_map: names of the features in LeRobot.
     """
 
+    BATCH_SIZE: ClassVar[int] = 16  # each holds a model of its own, of up to 230 MB
     NAME: ClassVar[str]
 
     fps: int = FPS

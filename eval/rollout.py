@@ -24,7 +24,7 @@ def parse() -> argparse.Namespace:
         help="euler, midpoint, heun, rk4, dopri5; of a diffusion policy ddpm, ddim; the checkpoint's if not given",
     )
     add("--n-action-steps", type=int, help="actions of a chunk to execute; the checkpoint's if not given")
-    add("--batch-size", type=int, default=64, help="environments at a time; no number depends on it")
+    add("--batch-size", type=int, help="environments at a time, by default the task's; no number depends on it")
     add("--videos", type=int, default=0, help="episodes to film")
     add("--out", type=Path, help="folder for the results; outputs/eval/<date>/<time> if not given")
     add("--resume", action="store_true", help="continue the evaluation in --out")

@@ -37,7 +37,7 @@ class Run:
         episodes: Number of seeds.
         repeats: Episodes of each seed.
         n_action_steps: Actions of a chunk to execute; None: as the policy is configured.
-        batch_size: Most environments at a time.
+        batch_size: Most environments at a time; None: as many as the task says (`BATCH_SIZE`), or 64.
         use_async_envs: Give each environment its own process.
         videos: Episodes to film, the first of the plan.
         packages: Distributions that the task's simulator is made of, for the record.
@@ -48,7 +48,7 @@ class Run:
     episodes: int = 500
     repeats: int = 1
     n_action_steps: int | None = None
-    batch_size: int = BATCH_SIZE
+    batch_size: int | None = None
     use_async_envs: bool = False
     videos: int = 0
     packages: tuple[str, ...] = ()
@@ -58,8 +58,14 @@ class Run:
         if not (math.isfinite(self.observation_noise) and self.observation_noise >= 0):
             raise ValueError(f"observation_noise must be finite and at least 0, got {self.observation_noise}")
         for name, least in {"seed": 0, "episodes": 1, "repeats": 1, "batch_size": 1, "videos": 0}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+
+    def at_once(self, env_config: EnvConfig) -> int:
+        """Most environments of a task at a time."""
+        of_the_task: int = getattr(env_config, "BATCH_SIZE", BATCH_SIZE)
+        return of_the_task if self.batch_size is None else self.batch_size
 
     @property
     def jobs(self) -> list[EpisodeKey]:
@@ -103,7 +109,7 @@ def evaluate_into(
         checkpoint.postprocessor,
         env_config,
         run.n_action_steps,
-        run.batch_size,
+        run.at_once(env_config),
         run.observation_noise,
     )
     settings = _settings(checkpoint, env_config, run, sampler)
@@ -182,7 +188,7 @@ def _run_share(
     run: Run, share: Sequence[EpisodeKey], sampler: ChunkSampler, env_config: EnvConfig, folder: Path
 ) -> Iterator[Episode]:
     camera = Camera(folder / "videos", run.jobs[: run.videos]) if run.videos else None
-    return run_episodes(sampler, env_config, share, run.batch_size, run.use_async_envs, camera)
+    return run_episodes(sampler, env_config, share, run.at_once(env_config), run.use_async_envs, camera)
 
 
 def _claim(folder: Path, settings: dict[str, Any], resume: bool) -> None:

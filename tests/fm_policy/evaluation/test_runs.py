@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from env_configs import make_env_config
 from fm_policy.evaluation.episodes import read_episodes
 from fm_policy.evaluation.report import as_text, chunk_times, summarise
 from fm_policy.evaluation.rollouts import evaluate
@@ -182,3 +183,9 @@ def test_chunk_times_are_those_of_the_usual_size():
     calls = [(64, 0.010), (64, 0.012), (64, 0.011), (16, 9.0), (32, 9.0)]
     assert chunk_times(calls) == {"p50": 11.0, "p99": pytest.approx(11.98), "rows": 64}
     assert chunk_times([]) is None
+
+
+def test_a_task_says_how_many_of_its_environments_fit_into_memory():
+    tasks = {name: make_env_config(name) for name in ("pusht_b", "transport")}
+    assert {name: Run().at_once(task) for name, task in tasks.items()} == {"pusht_b": 64, "transport": 16}
+    assert Run(batch_size=3).at_once(tasks["transport"]) == 3
