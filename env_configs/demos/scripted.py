@@ -5,25 +5,21 @@ processes tried them. Every attempt is put on the disk as soon as it ends, so th
 it was; the data set appears when it is complete.
 """
 
-import itertools
 import json
-import multiprocessing
 import os
 import shutil
-from collections import deque
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module, metadata
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from env_configs.demos.dataset import Episode, Features, write_dataset
+from env_configs.demos.workers import in_order
 from env_configs.experts.attempt import Attempt
 from env_configs.extras import DISTRIBUTION, SIMULATORS
 
@@ -133,7 +129,7 @@ def _try_until(recording: Recording, shelf: Path, episodes: int, seed: int, work
     successes = 0
     try_one = partial(_try, recording.expert, dict(recording.options), shelf)
     with tqdm(total=episodes, desc="recording", unit="success") as bar:
-        for number, summary in _in_order(try_one, seed, workers):
+        for number, summary in in_order(try_one, seed, workers, ["__main__", __name__]):
             tried[number] = summary
             successes += summary["success"]
             bar.update(int(summary["success"]))
@@ -144,38 +140,6 @@ def _try_until(recording: Recording, shelf: Path, episodes: int, seed: int, work
                 reached = _shares(_rates(list(tried.values()))["progress"])
                 raise ValueError(f"{PATIENCE} attempts from seed {seed} on have no success; reached: {reached}")
     return tried
-
-
-def _in_order(try_one: "partial[dict[str, Any]]", seed: int, workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Seeds and what came of them, without end; a few are under way ahead of the one that is asked for."""
-    if workers == 1:
-        for number in itertools.count(seed):
-            yield number, try_one(number)
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["__main__", __name__])  # LeRobot is imported once, not once in each process
-    pool = ProcessPoolExecutor(workers, mp_context=server, initializer=_end_with_the_program)
-    try:
-        ahead: deque[tuple[int, Future[dict[str, Any]]]] = deque()
-        while True:
-            while len(ahead) < 2 * workers:
-                ahead.append((seed, pool.submit(try_one, seed)))
-                seed += 1
-            number, future = ahead.popleft()
-            yield number, future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _end_with_the_program() -> None:
-    """See that a worker does not outlive its program: killed, that one leaves it waiting for a seed for ever."""
-    program = multiprocessing.parent_process()
-    assert program is not None  # this runs in a worker
-
-    def follow() -> None:
-        program.join()
-        os._exit(1)
-
-    Thread(target=follow, daemon=True).start()
 
 
 def _try(expert: str, options: dict[str, str], shelf: Path, seed: int) -> dict[str, Any]:

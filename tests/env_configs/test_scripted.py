@@ -1,13 +1,9 @@
 """The recorder of scripted experts: which attempts it keeps, what it writes, how it goes on after a kill."""
 
 import json
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
@@ -84,51 +80,6 @@ def test_goes_on_where_it_was_cut_off(counting, tmp_path, monkeypatch):
     record(counting(), root, episodes=3, seed=0, workers=1)
     assert recorded_seeds(root) == [1, 3, 5]
     assert not before & {note.name for note in notes.iterdir()}
-
-
-PROGRAM = """
-from pathlib import Path
-from env_configs.demos.scripted import Recording, record
-
-FEATURES = {name: {"dtype": "float32", "shape": (1,), "names": None} for name in ("observation.state", "action")}
-if __name__ == "__main__":
-    record(Recording("kitchen", "pid_expert", {}, 10, FEATURES), Path("demos"), episodes=9, seed=0, workers=2)
-"""
-PID_EXPERT = """
-import os, time
-from pathlib import Path
-
-def attempt(seed, options):
-    Path(f"{os.getpid()}.pid").touch()
-    time.sleep(3600)
-"""
-
-
-def test_workers_end_with_a_program_that_is_killed(tmp_path):
-    (tmp_path / "pid_expert.py").write_text(PID_EXPERT)
-    (tmp_path / "program.py").write_text(PROGRAM)
-    program = subprocess.Popen([sys.executable, "program.py"], cwd=tmp_path)
-    try:
-        workers = wait_for(lambda: len(found := list(tmp_path.glob("*.pid"))) == 2 and found, seconds=60)
-    finally:
-        program.kill()
-        program.wait()
-    wait_for(lambda: not any(is_running(int(pid.stem)) for pid in workers), seconds=10)
-
-
-def wait_for(condition, seconds: float):
-    """What the condition returns as soon as that is true."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if result := condition():
-            return result
-        time.sleep(0.05)
-    raise AssertionError(f"waited {seconds} s in vain")
-
-
-def is_running(pid: int) -> bool:
-    """Whether a process runs; one that has ended and that nobody has asked about does not."""
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 def test_refuses_to_mix_settings(counting, tmp_path):
