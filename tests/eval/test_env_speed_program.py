@@ -23,3 +23,17 @@ def test_times_every_way_and_writes_it_down(monkeypatch, tmp_path, capsys):
     assert rows["bare"]["share"] == 1
     assert all(row["steps_per_second"] > 100 and row["share"] > 0.1 for row in rows.values())
     assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_every_step_is_the_simulators_even_beyond_the_end_of_an_episode(monkeypatch):
+    """Ended episodes stand still and would make any simulator fast."""
+    pusht = pytest.importorskip("env_configs.pusht", reason="needs the extra pusht")
+    pytest.importorskip("gym_pusht", reason="needs the extra pusht")
+    counted = []
+    step = pusht.PushT.step
+    monkeypatch.setattr(pusht.PushT, "step", lambda self, action: counted.append(1) or step(self, action))
+    run = runpy.run_path(PROGRAM)["ours"]("pusht", 2, processes=False)
+    for _ in range(2):  # of 300 steps each at most
+        counted.clear()
+        run(2 * 350)
+        assert len(counted) == 2 * 350
