@@ -119,12 +119,25 @@ def test_lost_observations_repeat_the_one_before_and_are_the_same_for_a_seed():
 def test_noise_is_on_the_readings_and_not_in_the_world():
     actions = targets(3, 100)
     seen, rewards = in_lockstep(7, actions)
-    world = KeptWorld(noise=2.0, seed=7)
-    shown = [world.answer(action, START + k * STEP + 1e-6) for k, action in enumerate(actions)]
-    error = np.array(shown) - seen[:-1]
-    assert 1.9 < error.std() < 2.1
-    world.advance(START + 100.5 * STEP)
-    assert world.episode.score == max(rewards)
+
+    def errors(noise: float) -> np.ndarray:
+        """What every reading is off by, `(steps, motors)`."""
+        world = KeptWorld(noise=noise, seed=7)
+        shown = [world.answer(action, START + k * STEP + 1e-6) for k, action in enumerate(actions)]
+        world.advance(START + 100.5 * STEP)
+        assert world.episode.score == max(rewards)
+        return np.array(shown) - seen[:-1]
+
+    np.testing.assert_array_equal(errors(0.0), 0)
+    error = errors(2.0)
+    np.testing.assert_allclose(errors(4.0), 2 * error, atol=1e-9)  # of the same draws
+    assert abs(error.std() - 2.0) < 0.1
+    # 100 draws of each motor, 18 motors: within five standard errors, and no motor's noise is another's, or its last.
+    np.testing.assert_allclose(error.std(axis=0), 2.0, atol=5 * 2.0 / np.sqrt(2 * 100))
+    np.testing.assert_allclose(error.mean(axis=0), 0.0, atol=5 * 2.0 / np.sqrt(100))
+    among = np.corrcoef(error.T)[~np.eye(error.shape[1], dtype=bool)]
+    after = [np.corrcoef(column[:-1], column[1:])[0, 1] for column in error.T]
+    np.testing.assert_array_less(np.abs([*among, *after]), 5 / np.sqrt(100))
 
 
 def test_an_episode_ends_in_time_and_the_next_one_waits_at_its_own_start():
