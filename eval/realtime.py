@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 FPS = 10
+ENGINES = ("sync", "rtc", "rtc:direct", "rtc:gradient", "rtc:warm_start", "async")
 
 
 def parse() -> argparse.Namespace:
@@ -34,14 +35,17 @@ def parse() -> argparse.Namespace:
         type=lambda text: Path(text).absolute(),
         help="checkpoint with 18 motors; the shipped one, renamed, if not given",
     )
-    add("--engine", nargs="+", default=["sync"], help="sync, rtc (or rtc:gradient, rtc:direct, rtc:warm_start), async")
+    add("--engine", nargs="+", default=["sync"], choices=ENGINES, help="who runs the policy; rtc: by its own method")
     add("--latency", nargs="+", type=float, default=[0.0], help="seconds added to every chunk")
     add("--episodes", type=int, default=10, help="starts, of each engine and latency the same")
     add("--seed", type=int, default=1000, help="first start")
     add("--nfe", type=int, default=4, help="network calls per chunk")
     add("--seconds", type=float, default=30.0, help="after which an unsolved episode ends")
     add("--out", type=Path, required=True, help="JSON file to write; grows with every engine and latency")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.episodes < 1 or args.seed < 0 or args.seconds <= 0 or min(args.latency) < 0:
+        parser.error("--episodes and --seconds must be above 0, --seed and --latency not below 0")
+    return args
 
 
 class Chunks:
@@ -114,13 +118,19 @@ def policy_server(latency: float, folder: Path) -> Iterator[str]:
     command += [f"--fps={FPS}", f"--inference_latency={latency}"]
     with (folder / "server.log").open("w") as log, subprocess.Popen(command, cwd=folder, stdout=log, stderr=log) as run:
         try:
-            while socket.socket().connect_ex(address):
+            while not answers(address):
                 if run.poll() is not None:
                     raise SystemExit(f"realtime.py: the policy server ended: {(folder / 'server.log').read_text()}")
                 time.sleep(0.2)
             yield f"{address[0]}:{address[1]}"
         finally:
             run.kill()
+
+
+def answers(address: tuple[str, int]) -> bool:
+    """Whether somebody listens there."""
+    with socket.socket() as door:
+        return door.connect_ex(address) == 0
 
 
 def client_episode(policy: Path, address: str, fm_sim: Any) -> dict[str, Any]:
@@ -231,8 +241,15 @@ def main() -> None:
     import torch
 
     import lerobot_policy_fm_ft  # noqa: F401  (registers the types)
+    from fm_policy.assets import default_policy
+    from fm_policy.evaluation.checkpoint import load_checkpoint
     from fm_policy.evaluation.provenance import PACKAGES, describe_hardware, versions
+    from fm_policy.files import write_json
 
+    try:
+        load_checkpoint(args.policy or default_policy(), nfe=args.nfe)
+    except ValueError as error:
+        raise SystemExit(f"realtime.py: {error}") from error
     sys.argv = sys.argv[:1]  # LeRobot's configurations read it
     result: dict[str, Any] = {
         "settings": {name: str(value) for name, value in vars(args).items()},
@@ -241,7 +258,6 @@ def main() -> None:
         "runs": [],
     }
     out = args.out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name, chdir(name):  # LeRobot's client makes a folder of logs where it is
         policy = prepared(args, Path(name))
         for latency in args.latency:
@@ -249,9 +265,7 @@ def main() -> None:
                 rows = measure(args, policy, engine, latency, Path(name))
                 run = {"engine": engine, "latency": latency, **summary(rows), "load": os.getloadavg()[0], "rows": rows}
                 result["runs"].append(run)
-                part = out.with_name(f".{out.name}")
-                part.write_text(json.dumps(result, indent=1))
-                os.replace(part, out)
+                write_json(out, result)
                 print(json.dumps({key: value for key, value in run.items() if key != "rows"}), flush=True)
 
 

@@ -1,9 +1,12 @@
 """`eval/realtime.py`: what it tells of short episodes with LeRobot's two engines."""
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
+
+import pytest
 
 PROGRAM = str(Path(__file__).resolve().parents[2] / "eval" / "realtime.py")
 
@@ -29,3 +32,22 @@ def test_it_tells_what_a_slow_policy_misses_and_where_chunks_meet(monkeypatch, t
         assert min(row["jerk"], row["jerk_at_seams"], row["jerk_between"]) > 0
     shown = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert [run["score"] for run in shown] == [run["score"] for run in told["runs"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--engine", "asynch"], "invalid choice: 'asynch'"),
+        (["--engine", "rtc:guided"], "invalid choice: 'rtc:guided'"),
+        (["--episodes", "0"], "--episodes and --seconds must be above 0"),
+        (["--latency", "-0.1"], "--latency not below 0"),
+        (["--policy", "nowhere"], "realtime.py: no checkpoint: .*nowhere is no folder"),
+        (["--nfe", "0"], "realtime.py: euler calls the network 1 times per step"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_a_robot_moves(monkeypatch, tmp_path, capsys, arguments, words):
+    monkeypatch.setattr(sys, "argv", [PROGRAM, *arguments, "--out", str(tmp_path / "told.json")])
+    with pytest.raises(SystemExit) as refusal:
+        runpy.run_path(PROGRAM, run_name="__main__")
+    assert re.search(words, f"{refusal.value} {capsys.readouterr().err}")
+    assert not list(tmp_path.iterdir())
