@@ -327,6 +327,11 @@ class FlowMatchingPolicy(PreTrainedPolicy):
             return x0, v, 0.0
         if config.rtc_method == "warm_start":
             grid = config.num_solver_steps
+            if config.nfe is None or grid < 2:
+                raise ValueError(
+                    f"rtc_method='warm_start' enters a grid at a later step, and {config.solver!r} in {grid} has none: "
+                    "choose a fixed grid of at least 2 steps, or another rtc_method"
+                )
             start = min(max(1, round(config.rtc_warm_start * grid)), grid - 1) / grid
             return rtc.warm_start(x0, planned, start), v, start
         schedule = settings.prefix_attention_schedule.value

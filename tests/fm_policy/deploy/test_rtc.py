@@ -249,6 +249,14 @@ def test_a_warm_start_stays_nearer_and_costs_fewer_calls(policy, moments):
     assert nearness(policy, moments)[:4].mean() < 0.9
 
 
+@pytest.mark.parametrize(("solver", "steps"), [("euler", 1), ("dopri5", 16)])
+def test_a_warm_start_without_a_later_step_is_refused(policy, moments, solver, steps):
+    policy.config.rtc_method, policy.config.solver, policy.config.num_solver_steps = "warm_start", solver, steps
+    observed, left = moments[0]
+    with pytest.raises(ValueError, match=f"'{solver}' in {steps} has none: choose a fixed grid of at least 2 steps"):
+        policy.predict_action_chunk(observed, inference_delay=2, prev_chunk_left_over=left)
+
+
 @pytest.mark.parametrize(
     ("left", "delay", "words"),
     [
