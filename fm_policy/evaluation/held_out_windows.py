@@ -84,8 +84,7 @@ class HeldOutWindows:
         Raises:
             ValueError: If there is no data set, or as `__init__`.
         """
-        if not (root / "meta" / "info.json").is_file():
-            raise ValueError(f"no LeRobotDataset: {root} holds no meta/info.json")
+        check_dataset(root)
         data = DatasetConfig(repo_id=f"local/{root.name}", root=str(root), eval_split=eval_split)
         policy = replace(policy, window_store=False)
         training = TrainPipelineConfig(dataset=data, policy=policy, batch_size=max(batch_size, 1))
@@ -123,6 +122,16 @@ class HeldOutWindows:
                 if batch[camera].dtype == torch.uint8:
                     batch[camera] = batch[camera].float() / 255
             yield batch
+
+
+def check_dataset(root: Path) -> None:
+    """Check that a folder is a LeRobotDataset.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not (root / "meta" / "info.json").is_file():
+        raise ValueError(f"no LeRobotDataset: {root} holds no meta/info.json")
 
 
 def _held_out(config: TrainPipelineConfig) -> LeRobotDataset:

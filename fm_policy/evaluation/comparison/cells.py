@@ -16,6 +16,7 @@ from fm_policy.evaluation.comparison.errors import held_out_error
 from fm_policy.evaluation.comparison.layout import Column, Layout, Row
 from fm_policy.evaluation.episodes import Episode
 from fm_policy.evaluation.finished import read_finished
+from fm_policy.evaluation.held_out_windows import check_dataset
 from fm_policy.evaluation.inference import ChunkSampler
 from fm_policy.evaluation.policies import ChunkPolicy
 from fm_policy.evaluation.provenance import PACKAGES, describe_task, versions
@@ -96,8 +97,12 @@ def fill(layout: Layout, folder: Path, make_task: MakeTask, device: str, rank: R
         rank: Which of the processes that share the episodes this is.
 
     Raises:
-        ValueError: If a checkpoint cannot be evaluated as the layout says; told before any is.
+        ValueError: If a checkpoint cannot be evaluated as the layout says, or a column's demonstrations are not there;
+            told before anything runs.
     """
+    for column in layout.columns:
+        if column.demonstrations:
+            check_dataset(Path(column.demonstrations))
     wanted = [(row, column) for row in layout.rows for column in layout.columns if row.policy_for(column)]
     for row, column in wanted:
         checkpoint, task, _ = _load(row, column, make_task, device)

@@ -190,6 +190,13 @@ def test_a_policy_that_is_no_flow_has_no_error(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_absent_demonstrations_are_told_before_anything_runs(checkpoint, make_task, tmp_path):
+    wrong = describe(checkpoint.path, tasks=[TASK | {"demonstrations": str(tmp_path / "nowhere")}])
+    with pytest.raises(ValueError, match="no LeRobotDataset: .*nowhere"):
+        next(fill(read_layout(wrong), tmp_path / "cells", make_task, "cpu"))
+    assert not (tmp_path / "cells").exists()
+
+
 # Writers and pictures
 
 
