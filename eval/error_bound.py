@@ -66,7 +66,7 @@ def main() -> None:
     from fm_policy.assets import default_demos
     from fm_policy.evaluation.checkpoint import load_checkpoint, name_policies
     from fm_policy.evaluation.provenance import PACKAGES, versions
-    from fm_policy.evaluation.runs import write_json
+    from fm_policy.files import write_json
 
     # Nothing here needs torchcodec; LeRobot tells over a page when that finds no FFmpeg.
     logging.getLogger("lerobot.utils.import_utils").setLevel(logging.ERROR)

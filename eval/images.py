@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from fm_policy.files import write_json
 from fm_policy.images.data import READERS, Images
 from fm_policy.images.quality import (
     Classifier,
@@ -38,7 +39,7 @@ from fm_policy.images.quality import (
 )
 from fm_policy.images.recipes import DEFAULT_ROWS, PLANS, Plan, Row, rows
 from fm_policy.images.report import Cells, as_json, as_markdown, draw_curves, draw_same_noise
-from fm_policy.images.sampling import GRIDS, Cell, Grid, Measure, write_json
+from fm_policy.images.sampling import GRIDS, Cell, Grid, Measure
 from fm_policy.images.training import (
     Clock,
     TimeIsUpError,

@@ -345,7 +345,7 @@ def main() -> None:
     from env_configs import make_env_config
     from fm_policy.evaluation.checkpoint import load_checkpoint, name_policies
     from fm_policy.evaluation.provenance import PACKAGES, describe_hardware, versions
-    from fm_policy.evaluation.runs import write_json
+    from fm_policy.files import write_json
 
     # Nothing here needs torchcodec; LeRobot tells over a page when that finds no FFmpeg.
     logging.getLogger("lerobot.utils.import_utils").setLevel(logging.ERROR)

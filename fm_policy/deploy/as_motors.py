@@ -21,6 +21,7 @@ from lerobot.utils.constants import OBS_ENV_STATE, OBS_STATE
 
 from fm_policy.assets import default_policy
 from fm_policy.evaluation.checkpoint import load_checkpoint
+from fm_policy.files import new_folder
 from fm_policy.modeling_fm_ft import FlowMatchingPolicy
 from fm_policy.processor_fm_ft import make_fm_ft_pre_post_processors
 
@@ -49,9 +50,9 @@ def as_motors(path: Path, out: Path) -> None:
     config.action_feature_names = [f"{name}.pos" for name in old.action_feature_names or []] or None
     policy = FlowMatchingPolicy(config)
     policy.load_state_dict(checkpoint.policy.state_dict())
-    policy.save_pretrained(out)
-    for processor in make_fm_ft_pre_post_processors(config, _statistics(checkpoint.preprocessor)):
-        processor.save_pretrained(out)
+    with new_folder(out) as draft:
+        for part in (policy, *make_fm_ft_pre_post_processors(config, _statistics(checkpoint.preprocessor))):
+            part.save_pretrained(draft)
 
 
 def _statistics(preprocessor: Any) -> dict[str, Any]:

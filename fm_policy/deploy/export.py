@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -12,6 +11,7 @@ from fm_policy.deploy.graph import Policy, write_onnx, write_pt2
 from fm_policy.deploy.runner import SETTINGS
 from fm_policy.deploy.settings import settings_of
 from fm_policy.evaluation.checkpoint import load_checkpoint
+from fm_policy.files import new_folder
 
 FORMATS = {"onnx": write_onnx, "pt2": write_pt2}
 
@@ -43,10 +43,7 @@ def export(path: Path, folder: Path, nfe: int | None = None, solver: str | None 
         settings = settings_of(checkpoint)
     except ValueError as error:
         raise ValueError(f"{path} cannot be exported: {error}") from error
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as draft:
-        whole = Path(draft, folder.name)
-        whole.mkdir()
+    with new_folder(folder) as whole:
         graph = whole / f"policy.{form}"
         FORMATS[form](checkpoint, graph)
         settings["graph"] = {"file": graph.name, "sha256": hashlib.sha256(graph.read_bytes()).hexdigest()}
@@ -54,7 +51,6 @@ def export(path: Path, folder: Path, nfe: int | None = None, solver: str | None 
         for name in ("runner.py", "envelope.py"):
             source = Path(__file__).with_name(name).read_text(encoding="utf-8")
             (whole / name).write_text(_alone(source), encoding="utf-8")
-        os.replace(whole, folder)
     return checkpoint
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shlex
 import sys
 import time
@@ -23,6 +22,7 @@ from fm_policy.evaluation.ranks import ALONE, Rank
 from fm_policy.evaluation.report import chunk_times, summarise
 from fm_policy.evaluation.rollouts import BATCH_SIZE, run_episodes
 from fm_policy.evaluation.videos import Camera
+from fm_policy.files import write_json
 
 # Settings that the oldest records lack, and what held then.
 ADDED_SETTINGS: dict[str, Any] = {"observation_noise": 0.0}
@@ -141,13 +141,6 @@ def evaluate_into(
         write_json(folder / "summary.json", summary)
     rank.wait()
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-
-
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Write a record whole or not at all."""
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, path)
 
 
 def _settings(

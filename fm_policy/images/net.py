@@ -14,9 +14,7 @@ TIME_SCALE = 1000.0  # diffusers' sinusoids were made for step numbers up to 100
 HEADS = ("unet", "control_synth")
 HEAD_SPAN, HEAD_STEPS = 0.25, 4  # T_r and the Euler steps in it, as in the recipes
 HEAD_CHANNELS = (16,)
-LARGEST_STATE = (
-    1024  # numbers of an image that one ControlSynth may couple; of a larger one, each pixel follows its own
-)
+LARGEST_STATE = 1024  # numbers of an image that one ControlSynth may couple; in a larger one each pixel has its own
 NOTHING = (1, 1)  # shape of what the head observes: one zero
 
 

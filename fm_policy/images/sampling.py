@@ -1,13 +1,13 @@
 """A cell of the table: how far a model's images are from the real ones, on one grid."""
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from fm_policy.files import write_json
 from fm_policy.flow.noise import sample_noise
 from fm_policy.images.data import Images
 from fm_policy.images.net import HEAD_STEPS, ImageFlow
@@ -128,11 +128,3 @@ class Measure:
             x0 = sample_noise((size, height * width, channels)).to(self.device)
         x, calls = model.solve_counted(x0, grid.solver, grid.steps)
         return self.images.pictures(x), calls
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(file.name + ".new")
-    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, file)

@@ -55,7 +55,7 @@ def _select(args: argparse.Namespace) -> None:
     from lerobot.utils.import_utils import register_third_party_plugins
 
     from fm_policy.evaluation.provenance import PACKAGES, versions
-    from fm_policy.evaluation.runs import write_json
+    from fm_policy.files import write_json
     from fm_policy.select.choice import choose
     from fm_policy.select.criteria import measure_coverage, measure_error
     from fm_policy.select.report import as_table, reason

@@ -1,8 +1,6 @@
 """A training run on disk: the checkpoints that LeRobot's trainer saved, and a chosen one on its own."""
 
 import json
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fm_policy.evaluation.checkpoint import FILES, load_checkpoint
+from fm_policy.files import new_folder
 from fm_policy.modeling_fm_ft import FlowMatchingPolicy
 
 
@@ -76,12 +75,9 @@ def export(checkpoint: Path, folder: Path, device: str = "cpu") -> None:
     """
     check_free(folder)
     loaded = load_checkpoint(checkpoint, device)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as draft:
-        whole = Path(draft, folder.name)
+    with new_folder(folder) as draft:
         for part in (loaded.policy.ema_only(), loaded.preprocessor, loaded.postprocessor):
-            part.save_pretrained(whole)
-        os.replace(whole, folder)
+            part.save_pretrained(draft)
 
 
 def _check_type(folder: Path) -> None:

@@ -9,8 +9,8 @@ import numpy as np
 from fm_policy.evaluation.checkpoint import Checkpoint
 from fm_policy.evaluation.held_out_windows import HeldOutWindows
 from fm_policy.evaluation.policies import ChunkPolicy
-from fm_policy.evaluation.runs import write_json
 from fm_policy.evaluation.statistics import Interval, mean_interval
+from fm_policy.files import write_json
 from fm_policy.modeling_fm_ft import FlowMatchingPolicy
 from fm_policy.window_store import fingerprint
 

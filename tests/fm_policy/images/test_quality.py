@@ -5,7 +5,6 @@ import importlib.util
 import pytest
 import torch
 
-from fm_policy.images.data import digits
 from fm_policy.images.quality import (
     Moments,
     accuracy,
@@ -81,11 +80,6 @@ def test_moments_of_less_than_two_images_are_refused():
 def test_batches_make_up_the_count():
     assert list(batches(7, 3)) == [3, 3, 1]
     assert list(batches(6, 3)) == [3, 3]
-
-
-@pytest.fixture(scope="module")
-def images():
-    return digits()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from fm_policy.images.data import digits
 from fm_policy.images.net import ImageFlow, Shape
 from fm_policy.images.quality import Moments, frechet_distance
 from fm_policy.images.sampling import GRIDS, Grid, Measure
@@ -15,26 +14,9 @@ CPU = torch.device("cpu")
 GRID = Grid("Euler 2", "euler", 2)
 
 
-class After(Clock):
-    """Up after some looks at it."""
-
-    def __init__(self, looks):
-        super().__init__()
-        self.looks = looks
-
-    def is_up(self):
-        self.looks -= 1
-        return self.looks < 0
-
-
 def rows_of_pixels(pictures):
     """Features: the mean of each row."""
     return pictures.mean(dim=(1, 3))
-
-
-@pytest.fixture(scope="module")
-def images():
-    return digits()
 
 
 @pytest.fixture(scope="module")
@@ -67,24 +49,24 @@ def test_a_cell_is_the_distance_of_all_samples(measure, model, tmp_path):
     assert (cell.nfe, cell.head_calls, cell.samples) == (2, 0, 25)
 
 
-def test_stopped_and_continued_it_is_the_same(measure, model, tmp_path):
+def test_stopped_and_continued_it_is_the_same(measure, model, after, tmp_path):
     whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
     expected = measure.cell(model, GRID, 0, whole, {"seed": 0}, Clock())
     for looks in (0, 1, 1):
         with pytest.raises(TimeIsUpError):
-            measure.cell(model, GRID, 0, parts, {"seed": 0}, After(looks))
+            measure.cell(model, GRID, 0, parts, {"seed": 0}, after(looks))
     assert not parts.exists()
-    assert measure.cell(model, GRID, 0, parts, {"seed": 0}, After(1)) == expected
+    assert measure.cell(model, GRID, 0, parts, {"seed": 0}, after(1)) == expected
     assert json.loads(parts.read_text()) == json.loads(whole.read_text())
     assert sorted(file.name for file in tmp_path.iterdir()) == ["parts.json", "whole.json"]
 
 
 @pytest.mark.parametrize("stopped", [False, True])
-def test_a_cell_of_another_model_is_refused(measure, model, tmp_path, stopped):
+def test_a_cell_of_another_model_is_refused(measure, model, after, tmp_path, stopped):
     file = tmp_path / "cell.json"
     if stopped:
         with pytest.raises(TimeIsUpError):
-            measure.cell(model, GRID, 0, file, {"seed": 0}, After(1))
+            measure.cell(model, GRID, 0, file, {"seed": 0}, after(1))
     else:
         measure.cell(model, GRID, 0, file, {"seed": 0}, Clock())
     with pytest.raises(ValueError, match="was made with seed 0 instead of 1: choose another --out"):

@@ -7,7 +7,6 @@ import torch
 
 from fm_policy.flow.coupling import inverse
 from fm_policy.flow.losses import masked_mse
-from fm_policy.images.data import digits
 from fm_policy.images.net import ImageFlow, Shape
 from fm_policy.images.training import Clock, Recipe, TimeIsUpError, Trainer, read_tensors
 
@@ -15,23 +14,6 @@ CPU = torch.device("cpu")
 SMALL = Shape((8,), groups=4)
 BASE = Recipe("matching", "independent", 12, 8, 3e-3, warmup=3, cosine=True)
 TUNED = Recipe("likelihood", "inverse", 4, 4, 1e-3, start="base", solver_steps=2, k=3)
-
-
-class After(Clock):
-    """Up after some looks at it."""
-
-    def __init__(self, looks):
-        super().__init__()
-        self.looks = looks
-
-    def is_up(self):
-        self.looks -= 1
-        return self.looks < 0
-
-
-@pytest.fixture(scope="module")
-def images():
-    return digits()
 
 
 @pytest.fixture(scope="module")
@@ -64,30 +46,30 @@ def equal(a, b):
 
 class TestStopAndGoOn:
     @pytest.mark.parametrize("recipe", [BASE, changed(BASE, coupling="ot"), TUNED, changed(TUNED, head="unet")])
-    def test_to_the_bit_as_if_it_had_not_stopped(self, images, base, tmp_path, recipe):
+    def test_to_the_bit_as_if_it_had_not_stopped(self, images, base, after, tmp_path, recipe):
         start = base if recipe.start else None
         whole = train(images, recipe, tmp_path / "whole", start, measure=total, points=2)
         for _ in range(2):
             with pytest.raises(TimeIsUpError):
-                train(images, recipe, tmp_path / "parts", start, After(recipe.steps // 3), measure=total, points=2)
+                train(images, recipe, tmp_path / "parts", start, after(recipe.steps // 3), measure=total, points=2)
             torch.manual_seed(99)
         parts = train(images, recipe, tmp_path / "parts", start, measure=total, points=2)
         assert equal(weights(whole), weights(parts))
         assert whole.curve == parts.curve and list(whole.curve) == [0, recipe.steps // 2, recipe.steps]
 
-    def test_a_finished_model_is_read_back(self, images, tmp_path):
+    def test_a_finished_model_is_read_back(self, images, after, tmp_path):
         first = train(images, BASE, tmp_path)
         assert [file.name for file in tmp_path.iterdir()] == ["m.safetensors"]
         tensors, metadata = read_tensors(tmp_path / "m.safetensors")
         assert metadata["step"] == 12 and metadata["settings"]["recipe"]["lr"] == 3e-3
         assert all(name.startswith("average.") for name in tensors)
-        assert equal(weights(first), weights(train(images, BASE, tmp_path, clock=After(0))))
+        assert equal(weights(first), weights(train(images, BASE, tmp_path, clock=after(0))))
 
     @pytest.mark.parametrize("stopped", [False, True])
-    def test_what_other_settings_made_is_refused(self, images, tmp_path, stopped):
+    def test_what_other_settings_made_is_refused(self, images, after, tmp_path, stopped):
         if stopped:
             with pytest.raises(TimeIsUpError):
-                train(images, BASE, tmp_path, clock=After(2))
+                train(images, BASE, tmp_path, clock=after(2))
         else:
             train(images, BASE, tmp_path)
         with pytest.raises(ValueError, match=r"was made with recipe.batch 8 instead of 9, seed 0 instead of 1: choose"):
