@@ -38,7 +38,11 @@ def parse() -> argparse.Namespace:
     add("--compile", action="store_true", help="the network compiled, too; its compilation is timed as the first call")
     add("--device", default="cpu", help="where the networks run")
     add("--json", type=Path, help="file for the numbers")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name in ("rounds", "calls", "threads"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    return args
 
 
 def seconds(call: Callable[[], object]) -> float:

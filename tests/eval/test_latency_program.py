@@ -68,7 +68,16 @@ def test_it_prints_and_writes_a_row_for_each(tmp_path):
         assert (numbers["over_limit"] is not None) == name.startswith("NFE") and name in done.stdout
 
 
-def test_an_unknown_peer_is_refused_in_one_line():
-    done = subprocess.run([sys.executable, PROGRAM, "--peers", "flow/3"], capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "latency.py: a peer is ddpm/CALLS or ddim/CALLS" in done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--peers", "flow/3"], "latency.py: a peer is ddpm/CALLS or ddim/CALLS"),
+        (["--policy", "nowhere"], "latency.py: no checkpoint: nowhere is no folder"),
+        (["--rounds", "0"], "latency.py: error: --rounds must be at least 1, got 0"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_one_line(monkeypatch, capsys, arguments, words):
+    monkeypatch.setattr(sys, "argv", ["latency.py", *arguments])
+    with pytest.raises(SystemExit) as refusal:
+        runpy.run_path(PROGRAM, run_name="__main__")
+    assert words in f"{refusal.value} {capsys.readouterr().err}"

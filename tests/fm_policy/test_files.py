@@ -17,9 +17,13 @@ def test_a_folder_appears_when_it_is_complete(tmp_path):
 
 
 def test_a_folder_that_fails_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError, match="broken"), new_folder(tmp_path / "folder") as draft:
-        (draft / "file").write_text("content")
-        raise RuntimeError("broken")
+    def broken() -> None:
+        with new_folder(tmp_path / "folder") as draft:
+            (draft / "file").write_text("content")
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        broken()
     assert not list(tmp_path.iterdir())
 
 
