@@ -1,5 +1,6 @@
 """LeRobot's diffusion policy, configured for a fair comparison."""
 
+import math
 from dataclasses import dataclass, field
 
 from lerobot.configs import NormalizationMode, PreTrainedConfig
@@ -21,6 +22,7 @@ class DiffusionEmaConfig(WindowedConfig, DiffusionConfig):
 
     Args:
         window_store: See `FlowMatchingConfig`.
+        observation_noise: See `FlowMatchingConfig`.
         ema_power: Exponent of the average's warm-up, decay = 1 - update^(-power).
         ema_max_decay: Upper bound of the decay.
     """
@@ -30,6 +32,7 @@ class DiffusionEmaConfig(WindowedConfig, DiffusionConfig):
     n_action_steps: int = 8
     drop_n_last_frames: int = 8
     window_store: bool = False
+    observation_noise: float = 0.0
 
     normalization_mapping: dict[str, NormalizationMode] = field(
         default_factory=lambda: {
@@ -47,6 +50,11 @@ class DiffusionEmaConfig(WindowedConfig, DiffusionConfig):
     ema_max_decay: float = 0.9999
 
     push_to_hub: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.observation_noise < math.inf:
+            raise ValueError(f"observation_noise must be finite and 0 or more, got {self.observation_noise}")
 
     @property
     def solver(self) -> str:

@@ -89,7 +89,13 @@ class DiffusionEmaPolicy(DiffusionPolicy):
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, None]:
         """LeRobot's loss; what it draws depends on `--seed` and step alone, so that a resumed training repeats it."""
         with of_step(self.training, self.training_steps):
-            return super().forward(batch)
+            return super().forward(self._disturbed(batch) if self.training else batch)
+
+    def _disturbed(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch with noise in its observed vectors, as `FlowMatchingPolicy` learns from it."""
+        noise = self.config.observation_noise
+        numbers = self.config.input_features.keys() - self.config.image_features.keys() if noise else ()
+        return batch | {name: batch[name] + noise * torch.randn_like(batch[name]) for name in sorted(numbers)}
 
     def update(self) -> None:
         """Move the average of the weights; LeRobot's trainer calls this after every optimiser step."""

@@ -69,6 +69,22 @@ def test_every_reverse_step_of_ddpm_but_the_last_adds_noise_of_its_own():
         ours.predict_action_chunk(batch, noise=noise[:, 0])
 
 
+def test_noise_disturbs_what_is_observed_in_training_alone_and_by_its_size(monkeypatch):
+    seen = []
+    monkeypatch.setattr(DiffusionModel, "compute_loss", lambda _, batch: seen.append(batch) or torch.zeros(()))
+    ours, batch = policy(observation_noise=0.1), windows(2000)
+    ours.train().forward(batch)
+    ours.eval().forward(batch)
+    noisy, clean = seen
+    for name in INPUTS:
+        assert (noisy[name] - batch[name]).std() == pytest.approx(0.1, rel=0.05)
+        assert torch.equal(clean[name], batch[name])
+    assert torch.equal(noisy["action"], batch["action"])
+    for size in (-0.1, float("nan")):
+        with pytest.raises(ValueError, match=f"observation_noise must be finite and 0 or more, got {size}"):
+            config(observation_noise=size)
+
+
 def test_the_average_follows_the_weights_and_speaks_in_evaluation_mode():
     ours = policy()
     kept = {name: value.clone() for name, value in ours.ema_diffusion.state_dict().items()}
