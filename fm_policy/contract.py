@@ -1,9 +1,13 @@
 """What a batch must look like before the policy touches it."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
+from lerobot.configs import FeatureType, PipelineFeatureType, PolicyFeature
+from lerobot.lerobot_types import EnvTransition, TransitionKey
+from lerobot.processor import ProcessorStep, ProcessorStepRegistry
 from lerobot.utils.constants import ACTION
 from torch import Tensor
 
@@ -90,3 +94,64 @@ def check_left_over(left_over: Tensor, action_dim: int, inference_delay: int | N
         raise ValueError("prev_chunk_left_over holds NaN or infinity")
     if inference_delay is not None and inference_delay < 0:
         raise ValueError(f"inference_delay must be 0 or more steps, got {inference_delay}")
+
+
+@ProcessorStepRegistry.register("fm_ft_observation_check")
+@dataclass
+class ObservationCheckStep(ProcessorStep):
+    """Refuses an observation that is not of the policy's robot, or not finite; every other one passes untouched.
+
+    It stands before LeRobot's normaliser, which meets an observation before the policy does, and fails on one of
+    another robot with torch's words about sizes.
+
+    Args:
+        shapes: The shape of each of the policy's features; None where any length will do.
+    """
+
+    shapes: Mapping[str, Sequence[int | None]]
+
+    @classmethod
+    def of(cls, features: Mapping[str, PolicyFeature]) -> Self:
+        """The step for a policy's input features; the size of pictures is the policy's to judge: it may resize them."""
+        pictures = {name: (ft.shape[0], None, None) for name, ft in features.items() if ft.type is FeatureType.VISUAL}
+        return cls({name: ft.shape for name, ft in features.items()} | pictures)
+
+    def __call__(self, transition: EnvTransition) -> EnvTransition:
+        """Check the observation, `(B, *shape)` or `(B, n_obs_steps, *shape)` for each feature.
+
+        Raises:
+            ValueError: Naming the features that are missing or of another shape, or that are not finite.
+        """
+        observation = transition.get(TransitionKey.OBSERVATION) or {}
+        given = {name: torch.as_tensor(observation[name]) for name in self.shapes if observation.get(name) is not None}
+        if misfits := [text for name in self.shapes if (text := self._misfit(name, given.get(name)))]:
+            wanted = ", ".join(f"'{name}' {_text(shape)}" for name, shape in self.shapes.items())
+            raise ValueError(
+                f"the observation does not fit the policy: {'; '.join(misfits)}. The policy observes {wanted}: "
+                "this is a checkpoint of another robot or task, or a sensor is missing"
+            )
+        if infinite := [name for name, value in given.items() if not torch.isfinite(value).all()]:
+            raise ValueError(f"the observation holds NaN or infinity in {infinite}")
+        return transition
+
+    def _misfit(self, name: str, value: Tensor | None) -> str:
+        shape = self.shapes[name]
+        if value is None:
+            return f"'{name}' is missing"
+        got = tuple(value.shape[-len(shape) :])
+        fits = len(got) == len(shape) and all(want in (None, n) for want, n in zip(shape, got, strict=True))
+        return "" if fits else f"'{name}' has the shape {tuple(value.shape)}, which must end in {_text(shape)}"
+
+    def get_config(self) -> dict[str, Any]:
+        """What is saved with a checkpoint: the shapes."""
+        return {"shapes": {name: list(shape) for name, shape in self.shapes.items()}}
+
+    def transform_features(
+        self, features: dict[PipelineFeatureType, dict[str, PolicyFeature]]
+    ) -> dict[PipelineFeatureType, dict[str, PolicyFeature]]:
+        """Features stay what they are."""
+        return features
+
+
+def _text(shape: Sequence[int | None]) -> str:
+    return f"({', '.join('any' if length is None else str(length) for length in shape)}{',' * (len(shape) == 1)})"

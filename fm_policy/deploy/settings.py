@@ -12,6 +12,7 @@ from lerobot.processor import (
 )
 from lerobot.utils.constants import ACTION
 
+from fm_policy.contract import ObservationCheckStep
 from fm_policy.deploy.certified import certified
 from fm_policy.deploy.envelope import Limits
 from fm_policy.deploy.graph import Policy, only_step
@@ -28,6 +29,7 @@ KNOWN_STEPS = (
     AddBatchDimensionProcessorStep,
     DeviceProcessorStep,
     NormalizerProcessorStep,
+    ObservationCheckStep,  # a runner has its own, the envelope's
     RenameObservationsProcessorStep,
     UnnormalizerProcessorStep,
     WindowStoreStep,

@@ -231,7 +231,7 @@ DAMAGES = {
     "model.safetensors cannot be read": cut,
     "train_config.json cannot be read": lambda folder: (folder / "train_config.json").write_text('{"dataset": {'),
     "1 weights hold NaN": poison,
-    "policy_preprocessor_step_4_normalizer_processor.safetensors": lambda folder: next(
+    "policy_preprocessor_step_5_normalizer_processor.safetensors": lambda folder: next(
         folder.glob("policy_preprocessor_step*")
     ).unlink(),
 }

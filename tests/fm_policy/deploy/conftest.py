@@ -26,9 +26,16 @@ def rollout(motors_policy, tmp_path, monkeypatch):
     """Runs what `lerobot-rollout` runs, and returns its context and robot."""
     monkeypatch.setattr(sys, "argv", ["lerobot-rollout"])
 
-    def run(seconds: float, robot: dict | None = None, policy: dict | None = None, changes=None, **fields):
-        config = PreTrainedConfig.from_pretrained(motors_policy)
-        config.pretrained_path = motors_policy
+    def run(
+        seconds: float,
+        robot: dict | None = None,
+        policy: dict | None = None,
+        changes=None,
+        checkpoint: Path = motors_policy,
+        **fields,
+    ):
+        config = PreTrainedConfig.from_pretrained(checkpoint)
+        config.pretrained_path = checkpoint
         config.num_solver_steps = 2
         for name, value in (policy or {}).items():
             setattr(config, name, value)
