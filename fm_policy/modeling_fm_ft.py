@@ -21,7 +21,7 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.policies.utils import populate_queues
 from lerobot.utils.constants import ACTION
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fm_policy import contract, held_out, model_card, stages, window_store
@@ -30,8 +30,8 @@ from fm_policy.deploy import rtc
 from fm_policy.ema import ema_decay, ema_update
 from fm_policy.flow.coupling import independent, inverse, nearest, reflow
 from fm_policy.flow.diagnostics import StepGradients
-from fm_policy.flow.losses import Reduction, cfm_loss, gaussian_nll, masked_mse
-from fm_policy.flow.noise import sample_noise
+from fm_policy.flow.losses import Reduction, cfm_loss, gaussian_nll, masked_mse, pseudo_huber
+from fm_policy.flow.noise import disturbed, sample_noise
 from fm_policy.flow.solvers import CountedVelocity, Velocity
 from fm_policy.net import FlowMatchingNet
 from fm_policy.repeatable import of_step
@@ -41,6 +41,8 @@ from fm_policy.residual.stability import PENALTIES
 # A learned variance must follow the error, which falls within hundreds of steps; in the net's steps of 5e-6 it stood.
 VARIANCE_LR = 1e-2
 INITIAL_SIGMA = 0.1
+# Of the distance between a chunk and its teacher's, in normalised actions: near enough for a robot.
+HUBER_SCALE = 0.003
 
 
 class FlowMatchingPolicy(PreTrainedPolicy):
@@ -148,6 +150,8 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         """
         contract.check_windows(self.config, batch)
         with of_step(self.training, self.training_steps):
+            if self.training:
+                batch = disturbed(batch, self.net.encoder.numbers, self.config.observation_noise)
             o = self._encode(batch)
             stage_loss = self._cfm if self.config.stage == "pretrain" else self._likelihood
             loss, logs = stage_loss(batch, o, reduction)
@@ -175,6 +179,8 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         chunk = self.active_net.chunk(config, x0, o, self._gradients)
         loss = error = masked_mse(chunk, x1, is_pad, reduction)
         logs["distillation_error" if config.coupling == "reflow" else "reconstruction_error"] = error.mean().item()
+        if config.coupling == "reflow":
+            loss = pseudo_huber(chunk, x1, HUBER_SCALE, reduction)
         if config.variance != "scalar":
             loss = gaussian_nll(chunk, x1, self.log_variance, is_pad, reduction)
             logs["sigma"] = (0.5 * self.log_variance).exp().mean().item()
@@ -361,13 +367,17 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         """Load weights; unlike LeRobot's, refuse a file that does not fit, and a base that a stage cannot start from.
 
         Raises:
-            ValueError: Naming every missing, unexpected or wrongly shaped weight; or as the functions of `stages`.
+            ValueError: Naming the file if it cannot be read, or every missing, unexpected or wrongly shaped weight; or
+                as the functions of `stages`.
         """
         folder = Path(model_file).parent
         new_stage = stages.starts_new_stage(model.config, folder)
         stages.keep_statistics(model.config, folder)
-        with safe_open(model_file, framework="pt", device=str(map_location)) as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(model_file, framework="pt", device=str(map_location)) as file:
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{model_file} is broken, perhaps cut off when it was copied: {error}") from error
         fresh = model.state_dict()
         weights = (stages.first_weights if new_stage else stages.completed_weights)(weights, fresh)
         stages.check_weights(fresh, weights, model_file)

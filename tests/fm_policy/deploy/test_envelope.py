@@ -134,6 +134,18 @@ def test_a_clock_that_jumps_back_is_counted_and_starts_the_measures_anew(clock):
     assert guard.events == {"clock": 1, "step_limited": 2}
 
 
+def test_a_clock_that_jumps_forward_makes_observations_stale_and_a_picture_frozen_until_the_next_one(clock):
+    guard = envelope(clock)
+    assert guard.admit(observation(0), timestamp=100.0) is not None
+    clock.now += 3600
+    assert guard.admit(observation(1), timestamp=100.1) is None  # made before the jump
+    assert guard.admit(observation(1), timestamp=clock.now) is not None
+    clock.now += 3600
+    assert guard.admit(observation(1), timestamp=clock.now) is None
+    assert guard.admit(observation(2), timestamp=clock.now) is not None
+    assert guard.events == {"stale": 1, "frozen": 1}
+
+
 # Actions
 
 
