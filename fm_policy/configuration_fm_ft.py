@@ -84,7 +84,8 @@ class FlowMatchingConfig(WindowedConfig, PreTrainedConfig):
             the backward pass: the memory of one step, for about a third more time.
         train_encoder: Fine-tuning trains the observation encoder along; False: it stays the base's.
         observation_noise: Standard deviation of the Gaussian noise on the normalised numbers of an observation in
-            training, with which few demonstrations cover their neighbourhood; pictures have none.
+            training, with which few demonstrations cover their neighbourhood; pictures have none. A base that pairs
+            are made by (`inverse`, `reflow`) sees the same noise.
         head: What carries the flow's chunk on, from t = 1 to 1 + `head_span`, in stage `residual`: `control_synth`,
             eq. (7), whose stability can be certified, or `unet`, the ablation; None in the other stages.
         head_mode: Matrices of `control_synth`: `constructed` contracts at `head_rate` whatever it learns, `penalty` is
@@ -250,8 +251,6 @@ class FlowMatchingConfig(WindowedConfig, PreTrainedConfig):
     def _check_finetuning(self) -> None:
         if not 0 <= self.observation_noise < math.inf:
             raise ValueError(f"observation_noise must be finite and 0 or more, got {self.observation_noise}")
-        if self.observation_noise and not self.trains_encoder:
-            raise ValueError(f"observation_noise={self.observation_noise} needs an encoder that is trained")
         for name in ("nearest_k", "reflow_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -95,7 +95,6 @@ class ObservationEncoder(nn.Module):
         cameras: Names of the observations that are images.
         n_obs_steps: Length of the history.
         separate: One image encoder for each camera, or one for all.
-        noise: Standard deviation of the Gaussian noise on the vectors in training mode.
         image_options: Arguments of `ImageEncoder`.
     """
 
@@ -105,11 +104,9 @@ class ObservationEncoder(nn.Module):
         cameras: Sequence[str],
         n_obs_steps: int,
         separate: bool = False,
-        noise: float = 0.0,
         **image_options: object,
     ) -> None:
         super().__init__()
-        self.noise = noise
         self.numbers = list(numbers)
         self.cameras = list(cameras)
         count = 0 if not cameras else len(cameras) if separate else 1
@@ -121,8 +118,6 @@ class ObservationEncoder(nn.Module):
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Encode a history of observations, each `(B, n_obs_steps, ...)`, as o `(B, output_dim)`."""
         parts = [batch[name] for name in self.numbers]
-        if self.training and self.noise > 0:  # else nothing is drawn, and old seeds give what they gave
-            parts = [part + self.noise * torch.randn_like(part) for part in parts]
         for i, name in enumerate(self.cameras):
             encoder = self.images[i % len(self.images)]
             images = batch[name]

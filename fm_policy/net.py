@@ -25,7 +25,6 @@ class FlowMatchingNet(nn.Module):
             cameras=cameras,
             n_obs_steps=config.n_obs_steps,
             separate=config.use_separate_rgb_encoder_per_camera,
-            noise=config.observation_noise,
             backbone=config.vision_backbone,
             group_norm=config.use_group_norm,
             keypoints=config.spatial_softmax_num_keypoints,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fm_policy import contract, window_store
 from fm_policy.baselines.configuration_dp_ema import STOCHASTIC, DiffusionEmaConfig
 from fm_policy.ema import ema_decay, ema_update
+from fm_policy.flow.noise import disturbed
 from fm_policy.repeatable import of_step
 
 
@@ -89,13 +90,10 @@ class DiffusionEmaPolicy(DiffusionPolicy):
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, None]:
         """LeRobot's loss; what it draws depends on `--seed` and step alone, so that a resumed training repeats it."""
         with of_step(self.training, self.training_steps):
-            return super().forward(self._disturbed(batch) if self.training else batch)
-
-    def _disturbed(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The batch with noise in its observed vectors, as `FlowMatchingPolicy` learns from it."""
-        noise = self.config.observation_noise
-        numbers = self.config.input_features.keys() - self.config.image_features.keys() if noise else ()
-        return batch | {name: batch[name] + noise * torch.randn_like(batch[name]) for name in sorted(numbers)}
+            if self.training:
+                numbers = [name for name in self.config.input_features if name not in self.config.image_features]
+                batch = disturbed(batch, numbers, self.config.observation_noise)
+            return super().forward(batch)
 
     def update(self) -> None:
         """Move the average of the weights; LeRobot's trainer calls this after every optimiser step."""

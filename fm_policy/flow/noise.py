@@ -1,6 +1,6 @@
-"""The one source of noise, for training and for inference alike."""
+"""The one source of noise, for training and for inference alike; and noise on what is observed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,3 +27,14 @@ def sample_noise(
         return torch.randn(*shape, device=device, dtype=dtype)
     noise = torch.randn(*shape, generator=generator, device=generator.device, dtype=dtype)
     return noise.to(device) if device is not None else noise
+
+
+def disturbed(batch: Mapping[str, Tensor], names: Iterable[str], size: float) -> dict[str, Tensor]:
+    """A batch with independent Gaussian noise on some of its values.
+
+    Args:
+        batch: Values by their names.
+        names: Those that the noise is for.
+        size: Its standard deviation; of 0 nothing is drawn, so that old seeds give what they gave.
+    """
+    return {**batch, **{name: batch[name] + size * torch.randn_like(batch[name]) for name in names if size}}

@@ -63,10 +63,6 @@ def test_nfe(tiny, solver, steps, nfe):
         ({"reflow_steps": 0}, "reflow_steps must be at least 1, got 0"),
         ({"observation_noise": -0.1}, "observation_noise must be finite and 0 or more, got -0.1"),
         ({"observation_noise": math.inf}, "observation_noise must be finite and 0 or more, got inf"),
-        (
-            {"stage": "finetune", "train_encoder": False, "observation_noise": 0.1},
-            "observation_noise=0.1 needs an encoder that is trained",
-        ),
         ({"train_encoder": False}, "train_encoder=False is for stage 'finetune'"),
         ({"variance": "full"}, "variance must be one of .* got 'full'"),
         ({"variance": "diagonal"}, "variance='diagonal' needs sigma"),

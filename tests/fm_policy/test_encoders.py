@@ -72,24 +72,3 @@ def test_history_keeps_its_order():
     encoder = ObservationEncoder({"observation.state": 2}, [], n_obs_steps=2)
     state = torch.arange(8.0).view(2, 2, 2)
     assert torch.equal(encoder({"observation.state": state}), state.flatten(1))
-
-
-def test_noise_is_on_the_numbers_in_training_and_nowhere_else():
-    encoder = ObservationEncoder({"state": 3}, ["camera"], n_obs_steps=2, noise=0.1, backbone="resnet18", keypoints=0)
-    batch = {"state": torch.full((4000, 2, 3), 5.0), "camera": torch.zeros(4000, 2, 3, 2, 2)}
-    encoder.images = nn.ModuleList([Blind()])
-    o = encoder(batch)
-    state, seen = o.unflatten(1, (2, -1)).split([3, 1], dim=-1)
-    assert state.mean() == pytest.approx(5, abs=0.01)
-    assert state.std() == pytest.approx(0.1, abs=0.002)
-    assert torch.corrcoef(state.flatten(1).T).fill_diagonal_(0).abs().max() < 0.1
-    assert (seen == 0).all()
-    encoder.eval()
-    assert torch.equal(encoder(batch), torch.cat([batch["state"], torch.zeros(4000, 2, 1)], dim=-1).flatten(1))
-
-
-class Blind(nn.Module):
-    """Sees nothing in any picture."""
-
-    def forward(self, images):
-        return torch.zeros(len(images), 1)

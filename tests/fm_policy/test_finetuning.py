@@ -9,9 +9,9 @@ from lerobot.configs import PreTrainedConfig
 
 from fm_policy.ema import ema_decay
 from fm_policy.flow.coupling import inverse
-from fm_policy.flow.losses import gaussian_nll, masked_mse
+from fm_policy.flow.losses import gaussian_nll, masked_mse, pseudo_huber
 from fm_policy.flow.solvers import integrate
-from fm_policy.modeling_fm_ft import FlowMatchingPolicy
+from fm_policy.modeling_fm_ft import HUBER_SCALE, FlowMatchingPolicy
 
 NETS = ["unet", "transformer"]
 FAST = {"optimizer_lr": 3e-3, "finetune_lr": 3e-3}
@@ -267,12 +267,27 @@ class TestCouplings:
         x0, base = starts(policy, batch), policy.base_net
         with torch.no_grad():
             aim = integrate(base.velocity.bind(base.encoder(batch)), x0, "euler", 8)
-            expected = masked_mse(policy.reconstruct(batch, x0), aim)
+            chunk = policy.reconstruct(batch, x0)
         batch["action"] = torch.zeros_like(batch["action"])  # the demonstrations have no part in it, nor their padding
         batch["action_is_pad"][:2, 5:] = True
         loss, logs = first_step(policy, batch)
-        assert loss.item() == pytest.approx(expected.item(), rel=1e-5) == logs["distillation_error"]
+        assert loss.item() == pytest.approx(pseudo_huber(chunk, aim, HUBER_SCALE).item(), rel=1e-5)
+        assert logs["distillation_error"] == pytest.approx(masked_mse(chunk, aim).item(), rel=1e-5)
         assert "reconstruction_error" not in logs
+
+    @pytest.mark.parametrize("coupling", ["inverse", "reflow"])
+    def test_the_base_sees_the_noise_that_the_net_sees_and_nothing_sees_it_in_evaluation(self, tiny, coupling):
+        policy = tiny.finetuning(coupling=coupling, observation_noise=0.1, num_solver_steps=2)
+        batch, seen = tiny.windows(policy.config), {}
+        clean = policy.base_net.encoder(batch)
+        for name in ("net", "base_net", "ema_net"):
+            hook = lambda _, inputs, output, name=name: seen.update({name: output})  # noqa: E731
+            getattr(policy, name).encoder.register_forward_hook(hook)
+        first_step(policy.train(), batch)
+        assert torch.equal(seen["net"], seen["base_net"])
+        assert 0.05 < (seen["net"] - clean).std() < 0.2
+        policy.eval().forward(batch)
+        assert torch.equal(seen["ema_net"], clean)
 
     def test_reflow_of_the_same_grid_has_nothing_to_learn(self, tiny):
         policy = tiny.finetuning(coupling="reflow", reflow_steps=4, num_solver_steps=4)

@@ -6,7 +6,7 @@ from torch import nn
 
 from fm_policy.flow.coupling import independent
 from fm_policy.flow.losses import cfm_loss
-from fm_policy.flow.noise import sample_noise
+from fm_policy.flow.noise import disturbed, sample_noise
 from fm_policy.flow.path import interpolate, path_velocity
 from fm_policy.flow.solvers import integrate
 
@@ -60,3 +60,15 @@ def test_training_recovers_a_gaussian_flow_known_in_closed_form():
         # The flow of one Gaussian to another is x -> m + s x, a map that sampling alone would not show.
         x0 = torch.linspace(-2, 2, 41).view(-1, 1, 1)
         assert (integrate(v, x0, "rk4", 16) - (mean + std * x0)).abs().mean() < 0.05
+
+
+def test_noise_on_observations_has_its_size_is_independent_and_spares_the_rest():
+    batch = {"state": torch.full((4000, 2, 3), 5.0), "action": torch.ones(4000, 4)}
+    noisy = disturbed(batch, ["state"], 0.1)
+    assert noisy["state"].mean() == pytest.approx(5, abs=0.01)
+    assert noisy["state"].std() == pytest.approx(0.1, abs=0.002)
+    assert torch.corrcoef(noisy["state"].flatten(1).T).fill_diagonal_(0).abs().max() < 0.1
+    assert noisy["action"] is batch["action"] and (batch["state"] == 5).all()
+    before = torch.get_rng_state()
+    assert disturbed(batch, ["state"], 0.0) == batch
+    assert torch.equal(torch.get_rng_state(), before)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import Normal
 
-from fm_policy.flow.losses import LOG_VARIANCE_RANGE, cfm_loss, gaussian_nll, masked_mse
+from fm_policy.flow.losses import LOG_VARIANCE_RANGE, cfm_loss, gaussian_nll, masked_mse, pseudo_huber
 
 HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
@@ -33,6 +33,34 @@ class TestMaskedMse:
             masked_mse(self.prediction, self.target, torch.ones(2, 3, dtype=torch.bool))
         with pytest.raises(ValueError, match="'sum'"):
             masked_mse(self.prediction, self.target, None, "sum")
+
+
+class TestPseudoHuber:
+    def test_is_a_square_near_and_a_distance_far(self):
+        target = torch.zeros(3, 2, 2, dtype=torch.float64)
+        prediction = torch.tensor([1e-5, 1.0, 100.0], dtype=torch.float64).view(3, 1, 1).expand_as(target)
+        near, _, far = pseudo_huber(prediction, target, 0.01, "none")
+        assert near.item() == pytest.approx(1e-10 / (2 * 0.01), rel=1e-4)
+        assert far.item() == pytest.approx(100 - 0.01, rel=1e-6)
+
+    def test_its_gradient_is_finite_where_nothing_differs_and_never_more_than_that_of_the_distance(self):
+        prediction = torch.randn(50, 4, 2, generator=torch.Generator().manual_seed(0)) * 10
+        prediction[0] = 0
+        prediction.requires_grad_()
+        (gradient,) = torch.autograd.grad(
+            pseudo_huber(prediction, torch.zeros(50, 4, 2), 0.01, "none").sum(), prediction
+        )
+        sizes = gradient.flatten(1).norm(dim=1)
+        assert sizes[0] == 0
+        assert (sizes <= 8**-0.5 + 1e-6).all() and sizes[1:].min() > 0.9 * 8**-0.5
+
+    def test_per_sample_losses_average_to_the_mean(self):
+        prediction, target = torch.randn(2, 5, 4, 2, generator=torch.Generator().manual_seed(0))
+        per_sample = pseudo_huber(prediction, target, 0.1, "none")
+        assert per_sample.shape == (5,)
+        torch.testing.assert_close(per_sample.mean(), pseudo_huber(prediction, target, 0.1))
+        with pytest.raises(ValueError, match="'sum'"):
+            pseudo_huber(prediction, target, 0.1, "sum")
 
 
 class TestGaussianNll:
