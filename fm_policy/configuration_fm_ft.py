@@ -112,8 +112,9 @@ class FlowMatchingConfig(WindowedConfig, PreTrainedConfig):
         ema_power: Exponent of the average's warm-up, decay = 1 - update^(-power).
         ema_max_decay: Upper bound of the decay.
         head_lr: Learning rate of the head, which starts from nothing, constant.
-        finetune_lr: Learning rate of fine-tuning, constant. `optimizer_lr` and the schedule are those of pre-training:
-            a later stage inherits them from its base and does not use them.
+        finetune_lr: Learning rate of fine-tuning, constant; of `reflow` the first one of a cosine's fall to nothing.
+            `optimizer_lr` and the schedule are those of pre-training: a later stage inherits them from its base and
+            does not use them.
         optimizer_lr: Peak learning rate of AdamW in pre-training.
         optimizer_betas: Its betas.
         optimizer_weight_decay: Its weight decay.
@@ -410,10 +411,14 @@ class FlowMatchingConfig(WindowedConfig, PreTrainedConfig):
         )
 
     def get_scheduler_preset(self) -> DiffuserSchedulerConfig:
-        """The schedule named above in pre-training, a constant learning rate later."""
-        if self.stage != "pretrain":
-            return DiffuserSchedulerConfig(name="constant", num_warmup_steps=0)
-        return DiffuserSchedulerConfig(name=self.scheduler_name, num_warmup_steps=self.scheduler_warmup_steps)
+        """The schedule named above in pre-training, a constant learning rate later; for `reflow` it falls to nothing.
+
+        Fine-tuning on data ends before it over-fits. A frozen base answers to every noise: there is an end to come to.
+        """
+        if self.stage == "pretrain":
+            return DiffuserSchedulerConfig(name=self.scheduler_name, num_warmup_steps=self.scheduler_warmup_steps)
+        name = "cosine" if self.coupling == "reflow" else "constant"
+        return DiffuserSchedulerConfig(name=name, num_warmup_steps=0)
 
     def validate_features(self) -> None:
         """Check that there is something to observe and one action to predict.

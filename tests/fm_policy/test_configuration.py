@@ -20,6 +20,8 @@ def test_fine_tuning_has_a_rate_of_its_own_and_keeps_it(tiny):
     assert config.get_optimizer_preset().lr == 5e-6
     schedule = config.get_scheduler_preset()
     assert (schedule.name, schedule.num_warmup_steps) == ("constant", 0)
+    distilling = tiny.config(stage="finetune", coupling="reflow").get_scheduler_preset()
+    assert (distilling.name, distilling.num_warmup_steps) == ("cosine", 0)
 
 
 @pytest.mark.parametrize(
