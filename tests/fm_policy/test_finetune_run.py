@@ -17,6 +17,7 @@ from fm_policy import cli, recipes
 
 RECIPES = recipes.available()
 STAGE_LR = 1e-5
+ON_DATA = ["--policy.coupling=nearest", f"--policy.finetune_lr={STAGE_LR}"]
 
 FEATURES = {
     "observation.state": {"dtype": "float32", "shape": (2,), "names": None},
@@ -116,11 +117,12 @@ def test_the_average_of_any_base_moves_by_small_steps_through_the_recipes_grid(
 ):
     obs = "image" if kind == "image" else "state"
     checkpoints = pretrained(kind)
-    words = [f"obs={obs}", "--save_freq=2", "--eval_steps=2"]
+    words = [f"obs={obs}", "--save_freq=2", "--eval_steps=2", *ON_DATA]
     last = finetune(policy_of(checkpoints / "last"), demonstrations, tmp_path / "run", *words)
 
     config, recipe = read(policy_of(last) / "config.json"), read(RECIPES["pusht", obs, None, "finetune"])["policy"]
-    assert {name: config.get(name) for name in recipe} == recipe | {"path": None}
+    said = {"path": None, "coupling": "nearest", "finetune_lr": STAGE_LR}
+    assert {name: config.get(name) for name in recipe} == recipe | said
     assert (config["stage"], config["solver"], config["num_solver_steps"]) == ("finetune", "euler", 2)
     assert learning_rates(last) == [STAGE_LR]
 
@@ -141,14 +143,14 @@ def test_the_average_of_any_base_moves_by_small_steps_through_the_recipes_grid(
 def test_plain_lerobot_train_keeps_the_statistics_of_its_base_if_told(base, demonstrations, tmp_path):
     other, run = write_noise(tmp_path / "other", largest=200), tmp_path / "run"
     plain = ["train", f"--config_path={RECIPES['pusht', 'state', None, 'finetune']}", f"--policy.path={base}"]
-    flags = [*SHORT, f"--dataset.root={other}", f"--output_dir={run}", "--policy.finetune_lr=1e-5"]
+    flags = [*SHORT, f"--dataset.root={other}", f"--output_dir={run}", *ON_DATA]
     with pytest.raises(ValueError, match=r"(?s)has other statistics than .*keep_statistics=true"):
         lerobot(*plain, *flags)
     evaluated = ["--env_eval_freq=2", "--eval.n_episodes=2", "--env.episode_length=9"]
     lerobot(*plain, *flags, *evaluated, "--policy.keep_statistics=true")
 
     last = run / "checkpoints" / "last"
-    assert learning_rates(last) == [1e-5]
+    assert learning_rates(last) == [STAGE_LR]
     files = sorted(file.name for file in base.glob("*normalizer_processor.safetensors"))
     assert len(files) == 2
     for file in files:
@@ -200,7 +202,8 @@ def test_a_head_learns_at_its_own_rate_behind_the_frozen_average_of_its_base(pre
 @pytest.mark.parametrize(
     ("stage", "words", "rates"),
     [
-        ("finetune", ["--policy.coupling=nearest"], [STAGE_LR]),
+        ("finetune", ON_DATA, [STAGE_LR]),
+        ("finetune", ["--policy.coupling=reflow", "--policy.observation_noise=0.1"], [0.0]),  # the cosine's end
         ("residual", ["--policy.train_base=true"], [1e-3, 5e-6]),
     ],
 )
