@@ -1,6 +1,7 @@
-"""Record successful Push-T episodes of a policy as demonstrations: `python eval/record.py --root DIR`.
+"""Record Push-T episodes of a policy as demonstrations: `python eval/record.py --root DIR`.
 
-The set that ships with the package was made this way. Its starts are none of those that results are reported on.
+Successful ones alone, as the set that ships with the package was made; or all of them (`--failures`), for a policy that
+shall be distilled on the states that it comes to. The starts are none of those that results are reported on.
 """
 
 import argparse
@@ -23,11 +24,16 @@ from fm_policy.evaluation.checkpoint import Checkpoint, load_checkpoint
 BATCH = 64
 
 
-def successes(checkpoint: Checkpoint, first_seed: int) -> Iterator[Episode]:
-    """Successful episodes, without end, up to the step that succeeds; starts of `first_seed` and those after it.
+def episodes_of(checkpoint: Checkpoint, first_seed: int, failures: bool) -> Iterator[Episode]:
+    """Episodes, without end, up to the step that succeeds; starts of `first_seed` and those after it.
+
+    Args:
+        checkpoint: The policy.
+        first_seed: Of the first start.
+        failures: Whether episodes without success are among them, at their full length.
 
     Raises:
-        ValueError: A whole batch of starts brought no success: there would be no end.
+        ValueError: A whole batch of starts brought no success, and only those were wanted: there would be no end.
     """
     env = make_env_config("pusht").create_envs(BATCH)["fm_pusht"][0]
     generator = torch.Generator().manual_seed(first_seed)
@@ -35,10 +41,10 @@ def successes(checkpoint: Checkpoint, first_seed: int) -> Iterator[Episode]:
         seeds = list(range(first_seed, first_seed + BATCH))
         first_seed += BATCH
         frames, solved_at = roll_batch(checkpoint, env, seeds, generator)
-        if not solved_at.any():
+        if not (failures or solved_at.any()):
             raise ValueError(f"the policy succeeds in none of the starts {seeds[0]}-{seeds[-1]}: nothing to record")
-        for row in np.flatnonzero(solved_at):
-            columns = {name: values[: solved_at[row], row] for name, values in frames.items()}
+        for row in range(BATCH) if failures else np.flatnonzero(solved_at):
+            columns = {name: values[: solved_at[row] or None, row].copy() for name, values in frames.items()}
             columns["next.done"][-1] = True
             yield Episode(columns, TASK_DESCRIPTION)
 
@@ -71,11 +77,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True, help="folder of the data set to write; must not exist")
     parser.add_argument("--policy", type=Path, default=default_policy(), help="folder of a checkpoint on states")
-    parser.add_argument("--episodes", type=int, default=200, help="successful episodes to keep")
+    parser.add_argument("--episodes", type=int, default=200, help="episodes to keep")
+    parser.add_argument("--failures", action="store_true", help="keep those without success, too")
     parser.add_argument("--seed", type=int, default=50000, help="first start")
     args = parser.parse_args()
     try:
-        kept = islice(successes(load_checkpoint(args.policy), args.seed), max(args.episodes, 0))
+        recorded = episodes_of(load_checkpoint(args.policy), args.seed, args.failures)
+        kept = islice(recorded, max(args.episodes, 0))
         episodes, frames = write_dataset(args.root, FPS, features("state"), kept, total=args.episodes)
     except (ValueError, FileExistsError) as error:
         raise SystemExit(f"record.py: {error}") from error
