@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # matplotlib is no dependency of the package: only who wants 
     from matplotlib.figure import Figure
 
 PER_LINE = 4
+STEM_THIRD = np.array([[0.0, 0.0], [0.0, 40.0]])  # of the block's frame; the stem ends at 120
 
 
 def draw(cells: Sequence[Cell], base: Cell | None) -> dict[str, str]:
@@ -37,9 +38,8 @@ def draw(cells: Sequence[Cell], base: Cell | None) -> dict[str, str]:
         caption = "Wins (blue) and losses (red) against the base, start by start in the order of the seeds: difference "
         pictures[caption + "of the shares of successful episodes."] = strips(others, base)
     if cells[0].summary["task"]["type"] == FmPushtEnv().type:
-        caption = (
-            "Where episodes fail: the block at every start, from blue (none of its episodes) to red (all of them); "
-        )
+        caption = "Where episodes fail: an arrow for the block at every start, from its bar along a third of its stem, "
+        caption += "from blue (none of its episodes) to red (all of them); "
         pictures[caption + "outlined: the target."] = failures(cells)
     return pictures
 
@@ -136,7 +136,7 @@ def strips(cells: Sequence[Cell], base: Cell) -> str:
 
 
 def failures(cells: Sequence[Cell]) -> str:
-    """A board of Push-T for each method, with the block as it stands at every start."""
+    """A board of Push-T for each method, with an arrow for the block at every start: 500 whole ones hide each other."""
     lines = -(-len(cells) // PER_LINE)
     columns = min(PER_LINE, len(cells))
     figure = _figure(2.6 * columns, 2.9 * lines)
@@ -148,19 +148,25 @@ def failures(cells: Sequence[Cell]) -> str:
 
 
 def _board(axes: "Axes", cell: Cell) -> None:
-    from matplotlib import colormaps
     from matplotlib.collections import PolyCollection
 
     starts = {episode.seed: episode.initial_state for episode in cell.episodes}
     poses = start_poses(np.array([starts[seed] for seed in sorted(starts)]))
     failing = 1 - cell.table("success").mean(axis=1)
-    order = np.argsort(failing)  # what fails on top
-    colours = np.repeat(colormaps["coolwarm"](failing[order]), 2, axis=0)
-    blocks = list(place(CORNERS, poses[order]).reshape(-1, 4, 2))
-    alpha = float(np.clip(40 / len(poses), 0.08, 0.6))
-    axes.add_collection(PolyCollection(blocks, facecolors=colours, alpha=alpha, linewidths=0))
+    tail, tip = np.moveaxis(place(STEM_THIRD, poses), 1, 0)
+    axes.quiver(
+        *tail.T,
+        *(tip - tail).T,
+        failing,
+        cmap="coolwarm",
+        clim=(0, 1),
+        angles="xy",
+        scale_units="xy",
+        scale=1,
+        width=0.006,
+    )
     goal = list(place(CORNERS, GOAL_POSE[None]).reshape(-1, 4, 2))
-    axes.add_collection(PolyCollection(goal, facecolors="none", edgecolors="0.2", linewidths=0.8))
+    axes.add_collection(PolyCollection(goal, facecolors="none", edgecolors="black", linewidths=1.2, zorder=3))
     axes.set(xlim=(0, BOARD), ylim=(BOARD, 0), xticks=[], yticks=[], aspect="equal")
     axes.set_title(f"{cell.row.name}\nsuccess {cell.summary['success']:.2f}", fontsize=9)
 
