@@ -1,5 +1,6 @@
 """The shipped policy with a robot's motors, and LeRobot's rollout of it on the simulated robot."""
 
+import socket
 import sys
 import threading
 from pathlib import Path
@@ -19,6 +20,14 @@ def motors_policy(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("policy") / "motors"
     as_motors(default_policy(), folder)
     return folder
+
+
+@pytest.fixture
+def port() -> int:
+    """A free one."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 @pytest.fixture

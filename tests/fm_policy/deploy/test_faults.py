@@ -1,9 +1,12 @@
 """What goes wrong on a robot that LeRobot's own programs run, and what happens then: docs/robot.md has the table."""
 
+import importlib
 import logging
 import math
 import pickle
 import shutil
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -30,32 +33,31 @@ def test_a_rollout_with_real_time_chunking_of_it_ends_too_and_never_moves_the_ro
     assert "'observation.state' has the shape (1, 18)" in caplog.text and "Fatal error in RTC thread" in caplog.text
 
 
-def spoil(first: int, last: int, told: list):
-    """Has the robot read NaN from one motor, in the readings `first` to `last` of the rollout."""
+def spoil(robot, first: int, last: int, told: list) -> None:
+    """Has the robot read NaN from one motor, in the readings `first` to `last`; `told` gets the steps before each."""
+    observe = robot.get_observation
 
-    def change(context):
-        robot = context.hardware.robot_wrapper.inner
-        observe = robot.get_observation
+    def get_observation():
+        told.append(len(robot._world.episode.actions))
+        return observe() | ({"y.pos": math.nan} if first <= len(told) <= last else {})
 
-        def get_observation():
-            told.append(len(robot._world.episode.actions))
-            return observe() | ({"y.pos": math.nan} if first <= len(told) <= last else {})
+    robot.get_observation = get_observation
 
-        robot.get_observation = get_observation
 
-    return change
+def spoil_rollout(first: int, last: int, told: list):
+    return lambda context: spoil(context.hardware.robot_wrapper.inner, first, last, told)
 
 
 def test_a_reading_of_nan_ends_a_rollout_before_the_policy_acts_on_it(rollout):
     readings: list[int] = []
     with pytest.raises(ValueError, match=r"holds NaN or infinity in \['observation.state'\]"):
-        rollout(3.0, changes=spoil(5, 5, readings))
+        rollout(3.0, changes=spoil_rollout(5, 5, readings))
     assert len(readings) == 5
 
 
 def test_real_time_chunking_goes_on_after_readings_of_nan(rollout, caplog):
     readings: list[int] = []
-    _, robot = rollout(4.0, changes=spoil(8, 16, readings), inference=RTCInferenceConfig(queue_threshold=8))
+    _, robot = rollout(4.0, changes=spoil_rollout(8, 16, readings), inference=RTCInferenceConfig(queue_threshold=8))
     assert "holds NaN or infinity in ['observation.state']" in caplog.text
     (episode,) = robot.episodes
     assert episode.stops == 0
@@ -75,21 +77,29 @@ def test_weights_that_were_cut_off_end_a_rollout_before_the_robot_is_touched(rol
     assert "Connecting robot" not in caplog.text
 
 
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """LeRobot's policy server as an object, which knows our type; to import it writes logs and rearranges logging."""
-    monkeypatch.chdir(tmp_path)
+def import_quietly(module: str):
+    """One of LeRobot's modules of asynchronous inference, each of which writes logs here and rearranges logging."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
-    from lerobot.async_inference import policy_server
-    from lerobot.async_inference.configs import PolicyServerConfig
-
+    imported = importlib.import_module(module)
     for handler in set(root.handlers) - set(handlers):
         handler.close()
     root.handlers[:] = handlers
     root.setLevel(level)
+    return imported
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """What `fm-policy-server` serves with, as an object."""
+    monkeypatch.chdir(tmp_path)
+    policy_server = import_quietly("lerobot.async_inference.policy_server")
+    from lerobot.async_inference.configs import PolicyServerConfig
+
+    from fm_policy.deploy.async_server import AsyncServer
+
     monkeypatch.setattr(policy_server, "SUPPORTED_POLICIES", POLICIES)
-    return policy_server.PolicyServer(PolicyServerConfig(obs_queue_timeout=0.2, inference_latency=0.0))
+    return AsyncServer(PolicyServerConfig(obs_queue_timeout=0.2, inference_latency=0.0))
 
 
 class Client:
@@ -133,6 +143,39 @@ def test_the_server_makes_no_chunk_of_nan_and_the_next_observation_gets_one(serv
     assert "holds NaN or infinity in ['observation.state']" in caplog.text
     client.observe(200.0, timestamp=2.0)
     assert len(client.actions()) == 8
+
+
+def test_a_client_acts_again_after_readings_of_nan_that_lasted_longer_than_its_actions(
+    server, motors_policy, tmp_path, port
+):
+    """LeRobot's own server would let it hold forever."""
+    robot_client = import_quietly("lerobot.async_inference.robot_client")
+    from lerobot.async_inference.configs import RobotClientConfig
+
+    from fm_policy.deploy.async_server import listen
+
+    address, readings = f"127.0.0.1:{port}", []
+    listening = listen(server, address)
+    settings = {"policy_type": "fm_ft", "pretrained_name_or_path": str(motors_policy), "server_address": address}
+    robot = FmSimConfig(seed=2, calibration_dir=tmp_path)
+    config = RobotClientConfig(robot=robot, actions_per_chunk=8, fps=10, task="push", **settings)
+    client = robot_client.RobotClient(config)
+    spoil(client.robot, 4, 18, readings)
+    assert client.start()
+    threads = [threading.Thread(target=client.receive_actions)]
+    threads += [threading.Thread(target=client.control_loop, args=("push",))]
+    for thread in threads:
+        thread.start()
+    end = time.monotonic() + 30
+    while len(readings) < 24 and time.monotonic() < end:
+        time.sleep(0.05)
+    client.stop()
+    for thread in threads:
+        thread.join()
+    listening.stop(None)
+    (episode,) = client.robot.episodes
+    assert not any(episode.fresh[readings[14] : readings[17]])  # nothing was left to act out
+    assert sum(episode.fresh[readings[18] :]) >= 5
 
 
 def test_the_server_refuses_a_client_whose_checkpoint_is_cut_off(server, motors_policy, tmp_path):

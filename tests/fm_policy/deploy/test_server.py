@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -55,13 +54,6 @@ def session(kill):
 
 print(json.dumps([session(False), session(True)]))
 """
-
-
-@pytest.fixture
-def port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def test_lerobots_client_acts_reconnects_and_holds_when_the_server_is_killed(port, motors_policy, tmp_path):
