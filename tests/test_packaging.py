@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 NAME = "lerobot_policy_fm_ft"
 PACKAGES = (NAME, "fm_policy", "env_configs")
 SIMULATORS = ("gym_pusht", "pymunk", "pygame", "zarr", "mujoco", "gymnasium_robotics", "robosuite", "h5py")
-TOOLS = ("cvxpy", "onnx", "onnxruntime", "onnxscript")
+TOOLS = ("cvxpy", "grpc", "onnx", "onnxruntime", "onnxscript")
 
 # Everything that is asked of a fresh interpreter, in one, because LeRobot takes ten seconds to import.
 PROBE = """

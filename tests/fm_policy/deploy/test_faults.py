@@ -16,7 +16,7 @@ from lerobot.utils.feature_utils import hw_to_dataset_features
 from env_configs import FmSimConfig
 from env_configs.fm_sim.fm_sim import FmSim
 from fm_policy.assets import default_policy
-from fm_policy.deploy.server import POLICIES
+from fm_policy.deploy.server import listen, make_servicer
 
 OTHER_ROBOT = r"'observation.state' has the shape \(1, 18\), .* \(2,\); 'observation.environment_state' is missing"
 
@@ -93,13 +93,10 @@ def import_quietly(module: str):
 def server(tmp_path, monkeypatch):
     """What `fm-policy-server` serves with, as an object."""
     monkeypatch.chdir(tmp_path)
-    policy_server = import_quietly("lerobot.async_inference.policy_server")
+    import_quietly("lerobot.async_inference.policy_server")
     from lerobot.async_inference.configs import PolicyServerConfig
 
-    from fm_policy.deploy.async_server import AsyncServer
-
-    monkeypatch.setattr(policy_server, "SUPPORTED_POLICIES", POLICIES)
-    return AsyncServer(PolicyServerConfig(obs_queue_timeout=0.2, inference_latency=0.0))
+    return make_servicer(PolicyServerConfig(obs_queue_timeout=0.2, inference_latency=0.0))
 
 
 class Client:
@@ -151,8 +148,6 @@ def test_a_client_acts_again_after_readings_of_nan_that_lasted_longer_than_its_a
     """LeRobot's own server would let it hold forever."""
     robot_client = import_quietly("lerobot.async_inference.robot_client")
     from lerobot.async_inference.configs import RobotClientConfig
-
-    from fm_policy.deploy.async_server import listen
 
     address, readings = f"127.0.0.1:{port}", []
     listening = listen(server, address)
