@@ -113,7 +113,7 @@ def spoil_weight(checkpoint: Path) -> None:
 
 
 BROKEN = {
-    "weights cut off": (lambda folder: cut(folder, "model.safetensors"), "is a broken checkpoint"),
+    "weights cut off": (lambda folder: cut(folder, "model.safetensors"), "model.safetensors is broken"),
     "configuration cut off": (lambda folder: cut(folder, "config.json"), "is a broken checkpoint"),
     "processor cut off": (lambda folder: cut(folder, "policy_preprocessor.json"), "is a broken checkpoint"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "lacks model.safetensors"),
