@@ -175,7 +175,7 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         config = self.config
         x0, x1, is_pad = self._pairs(batch, o)
         logs = {} if self._gradients is None else self._gradients.logs()
-        self._gradients = StepGradients(self.active_net.velocity.bind(o), config.num_solver_steps)
+        self._gradients = StepGradients(self.active_net.bind(config, o), config.num_solver_steps)
         chunk = self.active_net.chunk(config, x0, o, self._gradients)
         loss = error = masked_mse(chunk, x1, is_pad, reduction)
         logs["distillation_error" if config.coupling == "reflow" else "reconstruction_error"] = error.mean().item()
@@ -307,7 +307,7 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         if noise is None:
             noise = sample_noise(shape, generator, device=o.device, dtype=o.dtype)
         contract.check_noise(noise, shape)
-        v = CountedVelocity(self.active_net.velocity.bind(o))
+        v = CountedVelocity(self.active_net.bind(self.config, o))
         x0, steered, start = noise.to(o), cast(Velocity, v), 0.0
         if prev_chunk_left_over is not None:
             contract.check_left_over(prev_chunk_left_over, self._action_dim, inference_delay)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fm_policy.configuration_fm_ft import FlowMatchingConfig
 from fm_policy.encoders import ObservationEncoder
-from fm_policy.flow.solvers import Velocity, integrate
+from fm_policy.flow.solvers import Velocity, call_times, integrate
 from fm_policy.residual.control_synth import ControlSynth
 from fm_policy.residual.unet import ResidualUnet
 from fm_policy.velocity import Transformer, Unet1d, VelocityNet
@@ -52,12 +52,18 @@ class FlowMatchingNet(nn.Module):
         """
         checkpoint = config.checkpoint_solver and self.training
         with nullcontext() if config.trains_flow else torch.no_grad():
-            v = self.velocity.bind(o) if v is None else v
+            v = self.bind(config, o) if v is None else v
             steps = max(1, round((1 - start) * config.num_solver_steps))
             x1 = integrate(v, x0, config.solver, steps, start=start, checkpoint=checkpoint)
         if self.head is None:
             return x1
-        return integrate(self.head.bind(o), x1, "euler", config.head_steps, start=1.0, end=1.0 + config.head_span)
+        steps, end = config.head_steps, 1.0 + config.head_span
+        head = self.head.bind(o, call_times("euler", steps, 1.0, end))
+        return integrate(head, x1, "euler", steps, start=1.0, end=end)
+
+    def bind(self, config: FlowMatchingConfig, o: Tensor) -> Velocity:
+        """The velocity of these observation features, `(B, obs_dim)`, to be asked on the configured grid."""
+        return self.velocity.bind(o, call_times(config.solver, config.num_solver_steps))
 
 
 def _make_velocity_net(config: FlowMatchingConfig, obs_dim: int) -> VelocityNet:

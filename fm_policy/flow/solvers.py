@@ -6,6 +6,7 @@ is torchdiffeq's; its steps are chosen for a batch as a whole, so its rows are n
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -120,6 +121,21 @@ def integrate(
         else:
             x = step(v, start + n * h, h, x)
     return x
+
+
+@cache
+def call_times(solver: str, num_steps: int, start: float = 0.0, end: float = 1.0) -> tuple[float, ...]:
+    """When `integrate` calls v, to the bit, in order and each time once; nothing for `dopri5`, which decides later."""
+    if solver == "dopri5":
+        return ()
+    times: dict[float, None] = {}
+
+    def listen(t: float, x: float) -> float:
+        times[t] = None
+        return x
+
+    integrate(listen, 0.0, solver, num_steps, start=start, end=end)  # type: ignore[arg-type]
+    return tuple(times)
 
 
 def _scheme(solver: str) -> Scheme:

@@ -85,7 +85,7 @@ class ControlSynth(VelocityNet):
         """See `VelocityNet.forward`; t, from 1 to 1 + T_r, changes nothing."""
         return self.bind(o)(t, x)
 
-    def bind(self, o: Tensor) -> Velocity:
+    def bind(self, o: Tensor, times: Sequence[float] = ()) -> Velocity:
         """The velocity v(t, x) of these observations, `(B, obs_dim)`; what depends on o alone is computed here, once.
 
         Raises:

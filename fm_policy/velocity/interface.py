@@ -2,6 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +27,56 @@ class VelocityNet(nn.Module, ABC):
             dx/dt, `(B, horizon, action_dim)`.
         """
 
-    def bind(self, o: Tensor) -> Velocity:
-        """The velocity v(t, x) of these observations, `(B, obs_dim)`, as solvers take it."""
-        return lambda t, x: self(t, x, o)
+    @abstractmethod
+    def bind(self, o: Tensor, times: Sequence[float] = ()) -> Velocity:
+        """The velocity v(t, x) of these observations as solvers take it.
+
+        Args:
+            o: Observation features, `(B, obs_dim)`.
+            times: When v will be asked, if that is known. It may be asked at any other time as well.
+        """
+
+
+class Conditions(NamedTuple):
+    """What the blocks of a net, one after another, are told of a time and of observations, `(B, ...)` each."""
+
+    of_blocks: tuple[Tensor, ...]
+
+
+class ConditionedNet(VelocityNet):
+    """A velocity net that time and observation enter by way of its blocks' conditions, which x has no part in.
+
+    Of the times that a solver is going to ask at, all conditions are computed at once: the weights that make them, an
+    eighth of the U-Net's and a third of the Transformer's, are then read once per chunk and not once per call.
+    """
+
+    time_embedding: "TimeEmbedding"
+    obs_embedding: nn.Module
+
+    @abstractmethod
+    def condition(self, t: Tensor, o: Tensor) -> Conditions:
+        """Conditions of embedded times and observations, `(B, ...)` each."""
+
+    @abstractmethod
+    def transform(self, x: Tensor, conditions: Conditions) -> Tensor:
+        """dx/dt of x, `(B, horizon, action_dim)`."""
+
+    def forward(self, t: float | Tensor, x: Tensor, o: Tensor | Conditions) -> Tensor:
+        """See `VelocityNet.forward`; with conditions instead of features t is told by these."""
+        if isinstance(o, Tensor):
+            o = self.condition(self.time_embedding(t).expand(len(x), -1), self.obs_embedding(o))
+        return self.transform(x, o)
+
+    def bind(self, o: Tensor, times: Sequence[float] = ()) -> Velocity:
+        """See `VelocityNet.bind`."""
+        known = dict(zip(times, self._at_once(times, o), strict=True)) if times else {}
+        return lambda t, x: self(t, x, known.get(t, o) if isinstance(t, float) else o)
+
+    def _at_once(self, times: Sequence[float], o: Tensor) -> Iterator[Conditions]:
+        """The conditions at each time, from one batch of all of them."""
+        t = self.time_embedding(times).repeat_interleave(len(o), dim=0)
+        (blocks,) = self.condition(t, self.obs_embedding(o).repeat(len(times), 1))
+        return map(Conditions, zip(*(block.chunk(len(times)) for block in blocks), strict=True))
 
 
 class TimeEmbedding(nn.Module):
@@ -46,10 +95,9 @@ class TimeEmbedding(nn.Module):
         self.register_buffer("frequencies", frequencies * self.TIME_SCALE, persistent=False)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.Mish(), nn.Linear(4 * dim, dim))
 
-    def forward(self, t: float | Tensor, batch: int) -> Tensor:
-        """Embed t, a scalar or `(B,)`, into `(B, dim)`."""
+    def forward(self, t: float | Sequence[float] | Tensor) -> Tensor:
+        """Embed times, a scalar or B of them, into `(1 or B, dim)`."""
         frequencies: Tensor = self.frequencies  # type: ignore[assignment]
-        if not isinstance(t, Tensor):
-            t = torch.full((1,), t, dtype=frequencies.dtype, device=frequencies.device)
-        angles = t.reshape(-1, 1).to(frequencies.dtype) * frequencies
-        return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=-1)).expand(batch, -1)
+        times = torch.as_tensor(t, dtype=frequencies.dtype, device=frequencies.device)
+        angles = times.reshape(-1, 1) * frequencies
+        return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=-1))

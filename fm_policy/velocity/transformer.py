@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from fm_policy.velocity.interface import TimeEmbedding, VelocityNet
+from fm_policy.velocity.interface import ConditionedNet, Conditions, TimeEmbedding
 
 
 class AdaptiveBlock(nn.Module):
@@ -25,9 +25,9 @@ class AdaptiveBlock(nn.Module):
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        """Transform x `(B, T, dim)` under cond `(B, dim)`, already activated."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond).unsqueeze(1).chunk(6, dim=-1)
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """Transform x `(B, T, dim)` by what `self.modulation` made of the condition, `(B, 6 * dim)`."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unsqueeze(1).chunk(6, dim=-1)
         x = x + gate1 * self.drop(self._attend(torch.addcmul(shift1, 1 + scale1, self.norm(x))))
         return x + gate2 * self.drop(self.mlp(torch.addcmul(shift2, 1 + scale2, self.norm(x))))
 
@@ -38,7 +38,7 @@ class AdaptiveBlock(nn.Module):
         return self.merge(mixed.transpose(1, 2).reshape(batch, length, dim))
 
 
-class Transformer(VelocityNet):
+class Transformer(ConditionedNet):
     """A small diffusion transformer as a velocity net.
 
     Args:
@@ -73,10 +73,14 @@ class Transformer(VelocityNet):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, t: float | Tensor, x: Tensor, o: Tensor) -> Tensor:
-        """See `VelocityNet.forward`."""
-        cond = self.activation(self.time_embedding(t, len(x)) + self.obs_embedding(o))
+    def condition(self, t: Tensor, o: Tensor) -> Conditions:
+        """See `ConditionedNet.condition`: each block's modulation, `(B, 6 * dim)`."""
+        cond = self.activation(t + o)
+        return Conditions(tuple(block.modulation(cond) for block in self.blocks))  # type: ignore[operator]
+
+    def transform(self, x: Tensor, conditions: Conditions) -> Tensor:
+        """See `ConditionedNet.transform`."""
         h = self.embed(x) + self.position
-        for block in self.blocks:
-            h = block(h, cond)
+        for block, modulation in zip(self.blocks, conditions.of_blocks, strict=True):
+            h = block(h, modulation)
         return self.out(self.norm(h))

@@ -1,12 +1,12 @@
 """Conditional 1-D U-Net over the time steps of a chunk (Janner et al. 2022; Chi et al. 2023)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fm_policy.velocity.interface import TimeEmbedding, VelocityNet
+from fm_policy.velocity.interface import ConditionedNet, Conditions, TimeEmbedding
 
 # Up to this batch a CPU is faster as below: a call of the (64, 128, 256) net takes 2.5 instead of 4.5 ms for one row,
 # 4.7 instead of 5.7 for four, on one core; for 8 rows the two are level.
@@ -50,23 +50,23 @@ class FilmResBlock(nn.Module):
         self.second = ConvBlock(outputs, outputs, kernel_size, n_groups)
         self.skip = Conv1d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        """Transform x `(B, inputs, T)` under cond `(B, cond_dim)`, already activated."""
-        scale, shift = self.film(cond).unsqueeze(-1).chunk(2, dim=1)
+    def forward(self, x: Tensor, film: Tensor) -> Tensor:
+        """Transform x `(B, inputs, T)`, scaled and shifted by what `self.film` made of the condition."""
+        scale, shift = film.unsqueeze(-1).chunk(2, dim=1)
         return self.second(torch.addcmul(shift, scale, self.first(x))) + self.skip(x)
 
 
 class ResPair(nn.Sequential):
-    """Two residual blocks under one condition."""
+    """Two residual blocks."""
 
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:  # type: ignore[override]
-        """Transform x `(B, inputs, T)` under cond `(B, cond_dim)`."""
+    def forward(self, x: Tensor, films: Iterator[Tensor]) -> Tensor:  # type: ignore[override]
+        """Transform x `(B, inputs, T)`, each block by the next film."""
         for block in self:
-            x = block(x, cond)
+            x = block(x, next(films))
         return x
 
 
-class Unet1d(VelocityNet):
+class Unet1d(ConditionedNet):
     """The U-Net of Diffusion Policy as a velocity net.
 
     With `down_dims` (256, 512, 1024), `kernel_size` 5, `n_groups` 8 and `time_embed_dim` 256 it is the
@@ -100,6 +100,7 @@ class Unet1d(VelocityNet):
             )
 
         self.time_embedding = TimeEmbedding(time_embed_dim)
+        self.obs_embedding = nn.Identity()
         self.activation = nn.Mish()
         levels = list(zip((action_dim, *down_dims[:-1]), down_dims, strict=True))
         self.down = nn.ModuleList(pair(a, b) for a, b in levels)
@@ -112,18 +113,22 @@ class Unet1d(VelocityNet):
             Conv1d(down_dims[0], action_dim, 1),
         )
 
-    def forward(self, t: float | Tensor, x: Tensor, o: Tensor) -> Tensor:
-        """See `VelocityNet.forward`."""
-        cond = self.activation(torch.cat([self.time_embedding(t, len(x)), o], dim=-1))
-        h = x.transpose(1, 2)  # (B, action_dim, horizon)
+    def condition(self, t: Tensor, o: Tensor) -> Conditions:
+        """See `ConditionedNet.condition`: each block's film, `(B, 2 * outputs)`."""
+        cond = self.activation(torch.cat([t, o], dim=-1))
+        return Conditions(tuple(block.film(cond) for pair in (*self.down, self.middle, *self.up) for block in pair))
+
+    def transform(self, x: Tensor, conditions: Conditions) -> Tensor:
+        """See `ConditionedNet.transform`."""
+        h, films = x.transpose(1, 2), iter(conditions.of_blocks)  # (B, action_dim, horizon)
         skips = []
         for level, down in enumerate(self.down):
-            h = down(h, cond)
+            h = down(h, films)
             if level > 0:  # as in Diffusion Policy, whose first level has no skip
                 skips.append(h)
             if level < len(self.shrink):
                 h = self.shrink[level](h)
-        h = self.middle(h, cond)
+        h = self.middle(h, films)
         for up, grow in zip(self.up, self.grow, strict=True):
-            h = grow(up(torch.cat([h, skips.pop()], dim=1), cond))
+            h = grow(up(torch.cat([h, skips.pop()], dim=1), films))
         return self.out(h).transpose(1, 2)

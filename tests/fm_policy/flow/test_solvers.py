@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchdiffeq import odeint
 
-from fm_policy.flow.solvers import SCHEMES, CountedVelocity, integrate
+from fm_policy.flow.solvers import SCHEMES, CountedVelocity, call_times, integrate
 
 
 def pendulum(t, x):
@@ -51,6 +51,15 @@ def test_counts_every_call_of_the_velocity(name):
     v = CountedVelocity(pendulum)
     integrate(v, START, name, 5)
     assert v.calls == 5 * SCHEMES[name].calls
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.0, 1.0), (1.0, 1.25), (1.0, 0.0), (1 / 3, 1.0)])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_the_times_of_the_calls_to_the_bit(name, start, end):
+    asked = []
+    integrate(lambda t, x: asked.append(t) or x, torch.ones(1), name, 7, start=start, end=end)
+    assert call_times(name, 7, start, end) == tuple(dict.fromkeys(asked))
+    assert call_times("dopri5", 7, start, end) == ()
 
 
 @pytest.mark.parametrize("name", SCHEMES)

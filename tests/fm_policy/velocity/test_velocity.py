@@ -7,6 +7,7 @@ from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 from lerobot.policies.diffusion.modeling_diffusion import DiffusionConditionalUnet1d
 from torch import nn
 
+from fm_policy.flow.solvers import call_times, integrate
 from fm_policy.velocity import Transformer, Unet1d, unet1d
 from fm_policy.velocity.interface import TimeEmbedding
 
@@ -108,6 +109,38 @@ class TestInterface:
             v = net(0.3, x, o)
             assert (v - net(0.31, x, o)).abs().max() > 1e-4
             assert (v - net(0.3, x, o + 0.1)).abs().max() > 1e-4
+
+    def test_times_that_are_known_are_embedded_at_once_and_change_nothing(self, name, monkeypatch):
+        net = small_nets()[name]
+        x, o, calls = torch.randn(3, HORIZON, ACTION_DIM), torch.randn(3, OBS_DIM), []
+        condition = net.condition
+        monkeypatch.setattr(net, "condition", lambda t, o: calls.append(len(t)) or condition(t, o))
+        with torch.no_grad():
+            expected = integrate(net.bind(o), x, "heun", 4)
+            assert calls == [3] * 8
+            calls.clear()
+            solved = integrate(net.bind(o, call_times("heun", 4)), x, "heun", 4)
+        assert calls == [3 * 5]  # 0, 1/4, ... 1
+        torch.testing.assert_close(solved, expected, rtol=1e-4, atol=1e-5)
+
+    def test_another_time_than_the_known_ones_may_be_asked_for(self, name):
+        net = small_nets()[name]
+        x, o = torch.randn(2, HORIZON, ACTION_DIM), torch.randn(2, OBS_DIM)
+        v = net.bind(o, (0.0, 0.5))
+        with torch.no_grad():
+            for t in (0.3, torch.tensor(0.5), torch.tensor([0.5, 0.7])):
+                assert torch.equal(v(t, x), net(t, x, o))
+
+    def test_gradients_through_known_times(self, name):
+        net = small_nets()[name].double()
+        x, o = torch.randn(2, HORIZON, ACTION_DIM).double(), torch.randn(2, OBS_DIM).double()
+
+        def gradients(times):
+            loss = integrate(net.bind(o, times), x, "euler", 3).square().mean()
+            return torch.autograd.grad(loss, list(net.parameters()))
+
+        for known, asked in zip(gradients(call_times("euler", 3)), gradients(()), strict=True):
+            torch.testing.assert_close(known, asked)
 
 
 def test_time_embedding_tells_close_times_apart():
