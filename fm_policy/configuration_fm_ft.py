@@ -4,12 +4,13 @@ import math
 from dataclasses import dataclass, field
 
 from lerobot.configs import NormalizationMode, PreTrainedConfig
-from lerobot.optim import AdamWConfig, DiffuserSchedulerConfig
+from lerobot.optim import DiffuserSchedulerConfig
 from lerobot.utils.constants import ACTION
 
 from fm_policy.deploy.rtc import METHODS
 from fm_policy.flow.coupling import COUPLINGS, REFUSED
 from fm_policy.flow.solvers import SOLVER_CALLS
+from fm_policy.optimizer import FusedAdamWConfig
 from fm_policy.residual.control_synth import LAYOUTS
 from fm_policy.residual.matrices import PARAMETRISATIONS
 from fm_policy.residual.nonlinearities import NONLINEARITIES
@@ -400,9 +401,9 @@ class FlowMatchingConfig(WindowedConfig, PreTrainedConfig):
         """Rewards are not used."""
         return None
 
-    def get_optimizer_preset(self) -> AdamWConfig:
+    def get_optimizer_preset(self) -> FusedAdamWConfig:
         """AdamW with the fields above, and the stage's learning rate."""
-        return AdamWConfig(
+        return FusedAdamWConfig(
             lr={"pretrain": self.optimizer_lr, "finetune": self.finetune_lr, "residual": self.head_lr}[self.stage],
             betas=self.optimizer_betas,
             weight_decay=self.optimizer_weight_decay,
