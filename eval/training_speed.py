@@ -1,6 +1,6 @@
 """How fast LeRobot's trainer trains, end to end, beside its own diffusion policy: `python eval/training_speed.py`.
 
-Every contender is `lerobot-train` itself, from states of Push-T, with the same data, batch and size of net: our
+Every contender is `lerobot-train` itself, from states or pixels of Push-T, with the same data, batch and nets: our
 recipe, the same without the window store, and LeRobot's `DiffusionPolicy` with several numbers of loader workers. The
 limit is a bare loop of our policy over one ready batch. All in turns, each in a process of its own; what is read is the
 trainer's own count of samples per second over the second half of its steps, so that start-up is left out.
@@ -26,40 +26,46 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--steps", type=int, default=80, help="training steps of a turn; the second half is timed")
     add("--rounds", type=int, default=5, help="turns of each")
+    add("--obs", choices=["state", "image"], default="state", help="what the policies see")
     add("--batch-size", type=int, default=128)
     add("--workers", type=int, nargs="*", default=[0, 2], help="loader workers of LeRobot's diffusion policy")
-    add("--root", type=Path, help="a LeRobotDataset of Push-T from states; the shipped one if not given")
+    add("--root", type=Path, help="a LeRobotDataset of Push-T; the shipped one, of states, if not given")
     add("--json", type=Path, help="file for the numbers")
     args = parser.parse_args()
     for name, least in {"steps": 4, "rounds": 1, "batch_size": 1}.items():
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+    if args.obs == "image" and args.root is None:
+        parser.error("--obs image needs --root, a data set with pixels: none ships with the package")
     return args
 
 
-def recipe() -> Path:
-    """The recipe whose net, batch and data all contenders share."""
+def recipe(obs: str) -> Path:
+    """The recipe whose net, windows and data all contenders share."""
     from fm_policy.recipes import RecipeKey, available
 
-    return available()[RecipeKey("pusht", "state")]
+    return available()[RecipeKey("pusht", obs)]
 
 
-def contenders(root: Path, workers: list[int]) -> dict[str, list[str]]:
+def contenders(obs: str, root: Path, workers: list[int]) -> dict[str, list[str]]:
     """The flags of `lerobot-train` by what they train."""
     data = ["--dataset.repo_id=local/pusht", f"--dataset.root={root}", "--dataset.video_backend=pyav"]
-    ours = [f"--config_path={recipe()}", *data, "--dataset.eval_split=0", "--eval_steps=0"]
+    ours = [f"--config_path={recipe(obs)}", *data, "--dataset.eval_split=0", "--eval_steps=0"]
     flags = {OURS: ours, OURS_PLAIN: [*ours, "--policy.window_store=false"]}
     for count in workers:
         loader = [f"--num_workers={count}", *(["--dataloader_multiprocessing_context=fork"] if count else [])]
-        flags[PEER.format(count)] = [*_peer(), *data, *loader]
+        flags[PEER.format(count)] = [*_peer(obs), *data, *loader]
     return flags
 
 
-def _peer() -> list[str]:
-    """LeRobot's diffusion policy with the recipe's shape of net and windows."""
-    policy = json.loads(recipe().read_text())["policy"]
-    same = ("n_obs_steps", "horizon", "n_action_steps", "down_dims", "kernel_size", "n_groups", "normalization_mapping")
+def _peer(obs: str) -> list[str]:
+    """LeRobot's diffusion policy with the recipe's shapes of nets and windows."""
+    policy = json.loads(recipe(obs).read_text())["policy"]
+    same = ["n_obs_steps", "horizon", "n_action_steps", "down_dims", "kernel_size", "n_groups", "normalization_mapping"]
+    if obs == "image":
+        same += ["crop_shape", "crop_is_random", "use_group_norm", "spatial_softmax_num_keypoints"]
     settings = {name: policy[name] for name in same} | {"diffusion_step_embed_dim": policy["time_embed_dim"]}
+    settings["pretrained_backbone_weights"] = None
     flags = [f"--policy.{name}={json.dumps(value)}" for name, value in settings.items()]
     return ["--policy.type=diffusion", "--policy.push_to_hub=false", *flags]
 
@@ -81,7 +87,7 @@ def trained(flags: list[str], steps: int, batch_size: int) -> int:
     return int(counts[1])
 
 
-def bare(steps: int, batch_size: int) -> float:
+def bare(obs: str, steps: int, batch_size: int) -> float:
     """Samples per second of a loop that does nothing but learn, from one ready batch."""
     import torch
 
@@ -89,7 +95,7 @@ def bare(steps: int, batch_size: int) -> float:
     from fm_policy.modeling_fm_ft import FlowMatchingPolicy
 
     with tempfile.TemporaryDirectory() as folder:
-        settings = json.loads(recipe().read_text())["policy"]
+        settings = json.loads(recipe(obs).read_text())["policy"]
         (Path(folder) / "config.json").write_text(json.dumps(settings | {"device": "cpu"}))
         config = FlowMatchingConfig.from_pretrained(folder)
     policy = FlowMatchingPolicy(config).train()
@@ -116,26 +122,29 @@ def measure(args: argparse.Namespace) -> dict[str, list[float]]:
 
     from fm_policy.assets import default_demos
 
-    flags = contenders(args.root or default_demos(), args.workers)
+    flags = contenders(args.obs, args.root or default_demos(), args.workers)
     rates: dict[str, list[float]] = {name: [] for name in (BARE, *flags)}
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for _ in tqdm(range(args.rounds), unit="round"):
-            rates[BARE].append(pool.apply(bare, (args.steps, args.batch_size)))
+            rates[BARE].append(pool.apply(bare, (args.obs, args.steps, args.batch_size)))
             for name, words in flags.items():
                 rates[name].append(trained(words, args.steps, args.batch_size))
     return rates
 
 
 def main() -> None:
+    import torch
+
     args = parse()
     rates = measure(args)
+    print(f"from {args.obs}s, batches of {args.batch_size}, {torch.get_num_threads()} threads")
     print(f"{'':26s}{'samples/s':>10s}{'share of ' + OURS:>17s}{'least':>7s}{'most':>7s}")
     for name, values in rates.items():
         shares = [value / ours for value, ours in zip(values, rates[OURS], strict=True)]
         median = statistics.median(shares)
         print(f"{name:26s}{statistics.median(values):10.0f}{median:17.2f}{min(shares):7.2f}{max(shares):7.2f}")
     if args.json:
-        told = {"samples_per_second": rates, "steps": args.steps, "batch_size": args.batch_size}
+        told = {"samples_per_second": rates, "obs": args.obs, "steps": args.steps, "batch_size": args.batch_size}
         args.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,5 +1,6 @@
 """`eval/training_speed.py`: that the contenders share data, batch and shape, and that the trainer's count is read."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ def speed():
 
 
 def test_contenders_share_the_data_and_the_size_of_the_net(speed):
-    flags = speed["contenders"](default_demos(), [0, 2])
+    flags = speed["contenders"]("state", default_demos(), [0, 2])
     assert list(flags) == ["fm_ft", "fm_ft, LeRobot's loader", "diffusion, 0 workers", "diffusion, 2 workers"]
     assert all(f"--dataset.root={default_demos()}" in words for words in flags.values())
     words = [word.replace("--policy.", "--") for word in flags["diffusion, 0 workers"] if word.startswith("--policy.")]
@@ -34,8 +35,8 @@ def test_contenders_share_the_data_and_the_size_of_the_net(speed):
 
 
 def test_a_bare_loop_and_the_trainer_tell_their_rate(speed):
-    assert speed["bare"](4, 2) > 0
-    assert speed["trained"](speed["contenders"](default_demos(), [])["fm_ft"], 4, 2) > 0
+    assert speed["bare"]("state", 4, 2) > 0
+    assert speed["trained"](speed["contenders"]("state", default_demos(), [])["fm_ft"], 4, 2) > 0
 
 
 def test_a_trainer_that_fails_is_shown_with_its_message(speed):
@@ -48,3 +49,19 @@ def test_too_few_steps_are_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         runpy.run_path(PROGRAM, run_name="__main__")
     assert "--steps must be at least 4, got 2" in capsys.readouterr().err
+
+
+def test_pixels_need_a_data_set(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [PROGRAM, "--obs", "image"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(PROGRAM, run_name="__main__")
+    assert "--obs image needs --root" in capsys.readouterr().err
+
+
+def test_contenders_see_the_same_pixels(speed, tmp_path):
+    flags = speed["contenders"]("image", tmp_path, [0])
+    words = [word.replace("--policy.", "--") for word in flags["diffusion, 0 workers"] if word.startswith("--policy.")]
+    peer = draccus.parse(DiffusionConfig, args=[word for word in words if word != "--type=diffusion"])
+    settings = json.loads(speed["recipe"]("image").read_text())["policy"]
+    assert [*peer.crop_shape] == settings["crop_shape"]
+    assert (peer.n_obs_steps, peer.use_group_norm, peer.pretrained_backbone_weights) == (1, True, None)
