@@ -1,0 +1,44 @@
+"""Mish, x tanh(log(1 + e^x)) (Misra 2019), by one exponential, where torch takes three of its kind.
+
+With s = 1 + e^x: Mish(x) = x - 2 x / (s^2 + 1), whose derivative is 1 - 2 / (s^2 + 1) + 4 x s (s - 1) / (s^2 + 1)^2.
+Equal to torch's within a few units of the last place of max(|x|, 1); for finite numbers only.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# For fewer numbers than these one kernel is faster than five: 4 instead of 8 us for the 1024 of one robot on a level of
+# the default U-Net. For 64 robots it takes 193 instead of 70 us, a sixth of the whole call; with its gradient 420
+# instead of 248.
+FEW_NUMBERS = 3000
+
+# Beyond it Mish(x) is x in single precision, and no square below overflows.
+LARGE = 20.0
+
+
+class Mish(nn.Module):
+    """`torch.nn.Mish`, faster on CPUs; without parameters, as that."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mish of every number."""
+        if x.device.type != "cpu" or x.numel() < FEW_NUMBERS or torch.compiler.is_compiling():
+            return F.mish(x)
+        return _Mish.apply(x)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _Mish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        square = x.clamp(max=LARGE).exp_().add_(1).square_()
+        return torch.addcdiv(x, x, square.add_(1), value=-2)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        s = x.clamp(max=LARGE).exp() + 1
+        inverse = (s.square() + 1).reciprocal()
+        return gradients[0] * (1 - 2 * inverse + 4 * (x * inverse) * (s * (s - 1) * inverse))
