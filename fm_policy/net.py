@@ -50,11 +50,20 @@ class FlowMatchingNet(nn.Module):
         Returns:
             Normalised chunks, `(B, horizon, action_dim)`.
         """
+        return self.refined(config, self.flow(config, x0, o, v, start), o)
+
+    def flow(
+        self, config: FlowMatchingConfig, x0: Tensor, o: Tensor, v: Velocity | None = None, start: float = 0.0
+    ) -> Tensor:
+        """The first part of `chunk`: from noise to x(1)."""
         checkpoint = config.checkpoint_solver and self.training
         with nullcontext() if config.trains_flow else torch.no_grad():
             v = self.bind(config, o) if v is None else v
             steps = max(1, round((1 - start) * config.num_solver_steps))
-            x1 = integrate(v, x0, config.solver, steps, start=start, checkpoint=checkpoint)
+            return integrate(v, x0, config.solver, steps, start=start, checkpoint=checkpoint)
+
+    def refined(self, config: FlowMatchingConfig, x1: Tensor, o: Tensor) -> Tensor:
+        """The second part of `chunk`: from x(1) to x(1 + T_r); x(1) itself where there is no head."""
         if self.head is None:
             return x1
         steps, end = config.head_steps, 1.0 + config.head_span

@@ -9,7 +9,6 @@ from torch import Tensor
 from fm_policy.evaluation.inference import observed_numbers, shift_observation
 from fm_policy.flow.diagnostics import mode_changes, spread
 from fm_policy.flow.response import directions, response
-from fm_policy.flow.solvers import integrate
 from fm_policy.modeling_fm_ft import FlowMatchingPolicy
 from fm_policy.residual.certificate import Search, euler
 from fm_policy.residual.control_synth import ControlSynth
@@ -34,14 +33,11 @@ class Pieces:
 
     def flow(self, x0: Tensor, o: Tensor) -> Tensor:
         """From noise to x(1) on the configured grid."""
-        return integrate(self._net.velocity.bind(o), x0, self._config.solver, self._config.num_solver_steps)
+        return self._net.flow(self._config, x0, o)
 
     def head(self, x1: Tensor, o: Tensor) -> Tensor:
         """From x(1) to x(1 + T_r); the identity where there is no head."""
-        if self._net.head is None:
-            return x1
-        end = 1.0 + self._config.head_span
-        return integrate(self._net.head.bind(o), x1, "euler", self._config.head_steps, start=1.0, end=end)
+        return self._net.refined(self._config, x1, o)
 
 
 @torch.no_grad()
