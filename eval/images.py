@@ -40,16 +40,8 @@ from fm_policy.images.quality import (
 from fm_policy.images.recipes import DEFAULT_ROWS, PLANS, Plan, Row, rows
 from fm_policy.images.report import Cells, as_json, as_markdown, draw_curves, draw_same_noise
 from fm_policy.images.sampling import GRIDS, Cell, Grid, Measure
-from fm_policy.images.training import (
-    Clock,
-    TimeIsUpError,
-    Trained,
-    Trainer,
-    check_settings,
-    read_tensors,
-    settings_of,
-    write_tensors,
-)
+from fm_policy.images.training import Trained, Trainer, settings_of
+from fm_policy.slices import Clock, TimeIsUpError, check_settings, read_tensors, write_tensors
 
 CURVE_POINTS = 8
 UNFINISHED = 75  # the exit status of sysexits.h for "try again later"

@@ -10,6 +10,7 @@ Data contract
 import copy
 import math
 from collections import deque
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from fm_policy.flow.coupling import independent, inverse, nearest, reflow
 from fm_policy.flow.diagnostics import StepGradients
 from fm_policy.flow.losses import Reduction, cfm_loss, gaussian_nll, masked_mse, pseudo_huber
 from fm_policy.flow.noise import disturbed, sample_noise
-from fm_policy.flow.solvers import CountedVelocity, Velocity
+from fm_policy.flow.solvers import CountedVelocity, Velocity, call_times
 from fm_policy.net import FlowMatchingNet
 from fm_policy.repeatable import of_step
 from fm_policy.residual.control_synth import ControlSynth
@@ -204,13 +205,14 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         if config.coupling == "inverse":
             return inverse(x1, self._base_velocity(batch)), x1, is_pad
         if config.coupling == "reflow":  # the base acts beyond an episode's end, too: nothing of its chunk is padding
-            return *reflow(x1, self._base_velocity(batch), config.reflow_steps), None
+            v = self._base_velocity(batch, call_times("euler", config.reflow_steps))
+            return *reflow(x1, v, config.reflow_steps), None
         return independent(x1), x1, is_pad
 
     @torch.no_grad()
-    def _base_velocity(self, batch: dict[str, Tensor]) -> Velocity:
+    def _base_velocity(self, batch: dict[str, Tensor], times: Sequence[float] = ()) -> Velocity:
         base = self._base()
-        return base.velocity.bind(base.encoder(batch))
+        return base.velocity.bind(base.encoder(batch), times)
 
     def _base(self) -> FlowMatchingNet:
         if not hasattr(self, "base_net"):

@@ -12,8 +12,8 @@ from fm_policy.flow.noise import sample_noise
 from fm_policy.images.data import Images
 from fm_policy.images.net import HEAD_STEPS, ImageFlow
 from fm_policy.images.quality import Extractor, Moments, batches, frechet_distance, moments
-from fm_policy.images.training import Clock, TimeIsUpError, check_settings, read_tensors, write_tensors
 from fm_policy.repeatable import repeatable
+from fm_policy.slices import Clock, TimeIsUpError, check_settings, read_tensors, write_tensors
 
 SAMPLES_KEY = 1  # sets the noise of measurements apart from that of training steps
 

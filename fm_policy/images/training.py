@@ -1,9 +1,7 @@
 """One model of the table: trained by eq. (3) or (6), to be stopped at any time and continued to the same weights."""
 
 import copy
-import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -11,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,10 +18,10 @@ from fm_policy.flow.losses import cfm_loss, masked_mse
 from fm_policy.images.data import Images
 from fm_policy.images.net import ImageFlow, Shape
 from fm_policy.repeatable import repeatable
+from fm_policy.slices import SAVE_SECONDS, Clock, TimeIsUpError, check_settings, read_tensors, write_tensors
 
 COUPLINGS = ("nearest", "independent", "ot", "inverse")
 INVERSE_CALLS = 32  # of `inverse`
-SAVE_SECONDS = 120.0
 START_KEY = 0  # what is drawn before the first step
 
 
@@ -84,21 +80,6 @@ class Recipe:
         """Learning rate of a step, counted from 0."""
         grown = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         return self.lr * grown * (0.5 * (1 + math.cos(math.pi * step / self.steps)) if self.cosine else 1.0)
-
-
-class TimeIsUpError(Exception):
-    """The program's minutes are over; what was done is saved."""
-
-
-class Clock:
-    """The time that is left."""
-
-    def __init__(self, minutes: float | None = None) -> None:
-        self._end = math.inf if minutes is None else time.monotonic() + 60 * minutes
-
-    def is_up(self) -> bool:
-        """Whether it is all spent."""
-        return time.monotonic() >= self._end
 
 
 @dataclass
@@ -265,46 +246,5 @@ def settings_of(images: Images, shape: Shape, recipe: Recipe, seed: int) -> dict
     return {"image": images.shape, "shape": asdict(shape), "recipe": asdict(recipe), "seed": seed}
 
 
-def check_settings(file: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Refuse what other settings made.
-
-    Raises:
-        ValueError: If they differ, with the names of what does.
-    """
-    wanted = json.loads(json.dumps(wanted))
-    flat_found, flat_wanted = (dict(_flatten(settings)) for settings in (found, wanted))
-    names = sorted(set(flat_found) | set(flat_wanted))
-    wrong = [name for name in names if flat_found.get(name) != flat_wanted.get(name)]
-    if wrong:
-        differences = ", ".join(
-            f"{name} {flat_found.get(name)!r} instead of {flat_wanted.get(name)!r}" for name in wrong
-        )
-        raise ValueError(f"{file} was made with {differences}: choose another --out, or remove it")
-
-
-def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write a safetensors file, whole or not at all; each entry of the metadata as JSON."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(file.name + ".new")
-    contents = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
-    save_file(contents, draft, {name: json.dumps(value) for name, value in metadata.items()})
-    os.replace(draft, file)
-
-
-def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of such a file."""
-    with safe_open(file, "pt") as opened:
-        names = opened.keys()
-        tensors = {name: opened.get_tensor(name) for name in names}
-        return tensors, {name: json.loads(value) for name, value in opened.metadata().items()}
-
-
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _flatten(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    flat = []
-    for name, value in settings.items():
-        flat += _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
-    return flat

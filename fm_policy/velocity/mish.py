@@ -26,7 +26,7 @@ class Mish(nn.Module):
         """Mish of every number."""
         if x.device.type != "cpu" or len(x) <= FEW_ROWS or torch.compiler.is_compiling():
             return F.mish(x)
-        return _Mish.apply(x)  # type: ignore[no-any-return,no-untyped-call]
+        return _Mish.apply(x)
 
 
 class _Mish(torch.autograd.Function):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from fm_policy.images.data import Images, digits
-from fm_policy.images.training import Clock
+from fm_policy.slices import Clock
 
 
 class _After(Clock):

@@ -8,7 +8,7 @@ import torch
 from fm_policy.images.net import ImageFlow, Shape
 from fm_policy.images.quality import Moments, frechet_distance
 from fm_policy.images.sampling import GRIDS, Grid, Measure
-from fm_policy.images.training import Clock, TimeIsUpError
+from fm_policy.slices import Clock, TimeIsUpError
 
 CPU = torch.device("cpu")
 GRID = Grid("Euler 2", "euler", 2)

@@ -8,7 +8,8 @@ import torch
 from fm_policy.flow.coupling import inverse
 from fm_policy.flow.losses import masked_mse
 from fm_policy.images.net import ImageFlow, Shape
-from fm_policy.images.training import Clock, Recipe, TimeIsUpError, Trainer, read_tensors
+from fm_policy.images.training import Recipe, Trainer
+from fm_policy.slices import Clock, TimeIsUpError, read_tensors
 
 CPU = torch.device("cpu")
 SMALL = Shape((8,), groups=4)
