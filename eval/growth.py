@@ -1,6 +1,6 @@
 """How time and memory grow with size: `python eval/growth.py --json growth.json --plots growth.png`.
 
-Each size is swept alone, one thread, the rest as in the recipe of Push-T from states:
+Each size is swept alone, on one thread, with the rest as in the recipe of Push-T from states:
 
     horizon, action_dim, batch   a training step on random windows, of `finetune_cost.py`; and a chunk for one robot, of
                                  `latency.py`, which the batch of training is nothing to
@@ -10,14 +10,18 @@ Each size is swept alone, one thread, the rest as in the recipe of Push-T from s
                                  from it at random, out of the page cache, in which a store is that was built just now
     environments                 a step of a whole batch of Push-T in one process, of `env_speed.py`
 
-Sizes take turns, every part in a process of its own. Memory is the peak of anonymous pages above what the process held
-before the first call: of a training step gradients, the optimiser's state and activations. Mapped is the growth of
-pages of files, code among them, which the kernel drops where memory is short. Growth is the exponent p of size^p.
+Sizes take turns, each in a process of its own for every part. Memory is the peak of anonymous pages, looked at every
+2 ms, above what the process held before the first call: of a training step gradients, the optimiser's state and
+activations. Mapped is the same of files' pages, code among them, which the kernel drops where memory is short. Growth
+is the exponent p of size^p.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import logging
+import math
 import multiprocessing
 import os
 import shutil
@@ -26,7 +30,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
 from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,13 +39,15 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# LeRobot tells over a page when it finds no FFmpeg, which nothing here needs. Processes import what the parent does.
+# LeRobot tells over a page when it finds no FFmpeg, which nothing here needs: to be silenced before it is imported, and
+# this module is the first that the processes import.
 logging.getLogger("lerobot.utils.import_utils").setLevel(logging.ERROR)
 
 IMPORTS = ["__main__", "fm_policy.modeling_fm_ft", "env_configs.pusht"]  # once for all processes
-BATCH, PICTURES, FRAMES, STEPS = 128, 4, 125, 20  # the recipe's batch, that with pictures; of an episode; of a turn
+BATCH, PICTURES, FRAMES, STEPS = 128, 4, 125, 100  # the recipe's batch, that with pictures; of an episode; simulated
 CALLS, SECONDS = 3, 0.2  # at the least; the first call warms up
 WATCH = 0.002  # seconds from one look at the memory to the next
+COARSE = 256  # KiB by which the kernel's counts may be wrong: less counts as so much
 NOISE = 0.1  # of an exponent: 7 % between sizes of which one is twice the other
 MEASURES = {"seconds": "time", "mib": "memory", "mapped_mib": "mapped"}
 
@@ -62,6 +67,8 @@ class Case(NamedTuple):
 
 def measured(call: Callable[[], float], once: bool = False) -> Row:
     """Median of the seconds that calls return, and the MiB that they take; see the module (Linux)."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before would be used again, unseen
     taken, seen, over, end = list[float](), [memory()], Event(), time.perf_counter() + SECONDS
 
     def watch() -> None:
@@ -73,8 +80,7 @@ def measured(call: Callable[[], float], once: bool = False) -> Row:
         taken.append(call())
     over.set()
     seen.append(memory())
-    added = np.max(seen, axis=0) - seen[0]
-    mib, mapped = np.maximum(added, 4) / 1024  # a page at least: growth is read off logarithms
+    mib, mapped = np.maximum(np.max(seen, axis=0) - seen[0], COARSE) / 1024
     return {"seconds": statistics.median(taken[1:] or taken), "mib": float(mib), "mapped_mib": float(mapped)}
 
 
@@ -179,10 +185,9 @@ def store(case: Case) -> Row:
 def step(case: Case) -> Row:
     from env_speed import ours
 
-    first = ours("pusht", 1, processes=False)  # imports the simulator, and stays: freed memory would be used again
-    first(1)
-    made = cache(lambda: ours("pusht", case.size, processes=False))  # by the first call: its memory counts
-    return measured(lambda: case.size / made()(STEPS * case.size))
+    ours("pusht", 1, processes=False)(1)  # imports the simulator
+    # Made and reset once: what resets leave to the garbage collection would be counted, more of it the longer it runs.
+    return measured(lambda: case.size / ours("pusht", case.size, processes=False)(STEPS * case.size), once=True)
 
 
 class Sweep(NamedTuple):
@@ -200,7 +205,7 @@ SWEEPS = {
     "action_dim": Sweep("numbers in an action", [2, 7, 14, 28, 56], NETS),
     "cameras": Sweep("cameras", [1, 2, 3, 4], NETS),
     "batch": Sweep("windows in a batch", [16, 32, 64, 128, 256], {"training step": train}),
-    "episodes": Sweep("episodes in the data set", [206, 1000, 5000, 10000], STORES),
+    "episodes": Sweep("episodes in the data set", [206, 1000, 5000, 20000], STORES),
     "environments": Sweep("environments in a batch", [1, 4, 16, 64, 128], {"step of all": step}),
 }
 
@@ -220,24 +225,24 @@ def measure(sweeps: dict[str, list[int]], rounds: int, folder: Path) -> Table:
     # For the processes, where they import: one thread, no bars beside ours, and the user's home stays as it is.
     os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     os.environ |= {"HF_LEROBOT_HOME": str(folder), "HF_DATASETS_CACHE": str(folder / "cache")}
-    sized = ((name, part, size) for name, sizes in sweeps.items() for size in sizes for part in SWEEPS[name].parts)
-    cases = [Case(*case, folder) for case in sized]
+    for size in tqdm(sweeps.get("episodes", []), desc="writing episodes", unit="data set"):
+        apart(write_episodes, folder / str(size), size)
+    cases = [Case(sweep, part, n, folder) for sweep in sweeps for n in sweeps[sweep] for part in SWEEPS[sweep].parts]
     rows: dict[Case, list[Row]] = {case: [] for case in cases}
-    with tqdm(total=rounds * len(cases), unit="case") as bar:
-        for size in sweeps.get("episodes", []):
-            bar.set_description(f"writing {size} episodes")
-            apart(write_episodes, folder / str(size), size)
-        for case in cases * rounds:
-            bar.set_description(f"{case.sweep} {case.size}, {case.part}")
-            rows[case].append(apart(SWEEPS[case.sweep].parts[case.part], case))
-            bar.update()
-    table: Table = {name: {part: {"sizes": sizes} for part in SWEEPS[name].parts} for name, sizes in sweeps.items()}
-    for case, turns in rows.items():
-        for name in MEASURES:
-            table[case.sweep][case.part].setdefault(name, []).append([turn[name] for turn in turns])
-    for part in (part for parts in table.values() for part in parts.values()):
-        part["exponents"] = {name: exponents(part["sizes"], np.array(part[name])) for name in ("seconds", "mib")}
+    for case in tqdm(cases * rounds, desc="measuring", unit="case"):
+        rows[case].append(apart(SWEEPS[case.sweep].parts[case.part], case))
+    table: Table = {sweep: {} for sweep in sweeps}
+    for sweep, part in dict.fromkeys(case[:2] for case in cases):
+        turns = [rows[Case(sweep, part, size, folder)] for size in sweeps[sweep]]
+        table[sweep][part] = summary(sweeps[sweep], turns)
     return table
+
+
+def summary(sizes: list[int], rows: list[list[Row]]) -> dict[str, Any]:
+    """A part of a table, from the rows of its rounds for each size."""
+    values = {name: [[row[name] for row in turns] for turns in rows] for name in MEASURES}
+    fits = {name: exponents(sizes, np.array(values[name])) for name in ("seconds", "mib")}
+    return {"sizes": sizes, **values, "exponents": fits}
 
 
 def exponents(sizes: list[int], values: np.ndarray) -> dict[str, float]:
@@ -259,7 +264,7 @@ def as_text(table: Table) -> str:
         lines.append(f"{title}\n{'size':>8s}{'ms':>12s}{'ms / size':>12s}{'MiB':>10s}{'mapped MiB':>12s}")
         medians = [np.median(part[name], axis=1) for name in MEASURES]
         for size, seconds, mib, mapped in zip(part["sizes"], *medians, strict=True):
-            lines.append(f"{size:8d}{1e3 * seconds:12.3f}{1e3 * seconds / size:12.4f}{mib:10.2f}{mapped:12.1f}")
+            lines.append(f"{size:8d}{1e3 * seconds:12.3f}{1e3 * seconds / size:12.3g}{mib:10.2f}{mapped:12.1f}")
         for name, fit in part["exponents"].items():
             growth = f"{MEASURES[name]} ~ size^{fit['last']:.2f} between the last two, size^{fit['all']:.2f} over all"
             lines.append(f"{'':8s}{growth}")
@@ -270,37 +275,37 @@ def as_text(table: Table) -> str:
 
 
 def draw(table: Table, file: Path) -> None:
-    """A panel for each sweep: time on the left, memory on the right."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    """Two panels for each sweep, memory below time."""
+    from matplotlib.figure import Figure
 
     columns = min(3, len(table))
-    rows = -(-len(table) // columns)
-    figure, panels = plt.subplots(rows, columns, figsize=(4.2 * columns, 4 * rows), squeeze=False)
-    for axes, (sweep, parts) in zip(panels.flat, table.items(), strict=False):
-        draw_sweep(axes, sweep, parts)
-    for unused in panels.flat[len(table) :]:
-        unused.axis("off")
-    figure.suptitle("solid: time, left; dashed: memory, right; dotted: linear growth")
-    figure.tight_layout()
+    rows = 2 * math.ceil(len(table) / columns)
+    figure = Figure(figsize=(4 * columns, 3.3 * rows), layout="constrained")
+    for i, (sweep, parts) in enumerate(table.items()):
+        for j, name in enumerate(("seconds", "mib")):
+            axes = figure.add_subplot(rows, columns, (i // columns * 2 + j) * columns + i % columns + 1)
+            draw_growth(axes, parts, name)
+            axes.set_title(f"{sweep}: {MEASURES[name]}", pad=20)
+            axes.set_xlabel(SWEEPS[sweep].unit)
     figure.savefig(file, format="png", dpi=100)
 
 
-def draw_sweep(axes: "Axes", sweep: str, parts: dict[str, Any]) -> None:
-    right = axes.twinx()
+def draw_growth(axes: "Axes", parts: dict[str, Any], name: str) -> None:
+    from matplotlib.ticker import LogFormatter
+
+    unit, scale = {"seconds": ("ms", 1e3), "mib": ("MiB", 1)}[name]
     for i, (part, numbers) in enumerate(parts.items()):
-        sizes = np.array(numbers["sizes"])
-        seconds, mib = (np.median(numbers[name], axis=1) for name in ("seconds", "mib"))
-        axes.plot(sizes, 1e3 * seconds, "o-", color=f"C{i}", label=part)
-        axes.plot(sizes, 1e3 * seconds[-1] * sizes / sizes[-1], ":", color=f"C{i}")
-        right.plot(sizes, mib, "s--", color=f"C{i}", markersize=4)
-    axes.set(title=sweep, xlabel=SWEEPS[sweep].unit, ylabel="ms", xscale="log", yscale="log")
-    right.set(ylabel="MiB", yscale="log")
-    axes.set_xticks(sizes, [str(size) for size in sizes])
+        sizes, values = np.array(numbers["sizes"]), np.median(numbers[name], axis=1) * scale
+        axes.plot(sizes, values, "o-", color=f"C{i}", label=part)
+        axes.plot(sizes, values[-1] * sizes / sizes[-1], ":", color=f"C{i}")
+    axes.plot([], [], ":", color="0.4", label="linear")
+    axes.set(xscale="log", yscale="log", ylabel=unit)
+    axes.set_xticks(sizes, [str(size) for size in sizes], fontsize=8)
     axes.xaxis.minorticks_off()
-    axes.legend()
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(LogFormatter())
+    narrow: dict[str, Any] = {"ncols": 4, "frameon": False, "fontsize": 8, "handlelength": 1.3, "columnspacing": 1}
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 0.98), **narrow)
 
 
 def sweep_of(text: str) -> tuple[str, list[int]]:

@@ -102,9 +102,8 @@ def test_exponents_of_a_power_are_that_power(growth, power):
 
 def test_only_what_grows_faster_in_every_round_is_worse(growth):
     def part(*last: float) -> dict:
-        numbers = {"seconds": [[1.0, 1.0], list(last)], "mib": [[1.0, 1.0]] * 2, "mapped_mib": [[1.0, 1.0]] * 2}
-        fits = {name: growth["exponents"]([1, 2], np.array(numbers[name])) for name in ("seconds", "mib")}
-        return numbers | {"sizes": [1, 2], "exponents": fits}
+        rows = [[{"seconds": seconds, "mib": 1, "mapped_mib": 1} for seconds in turns] for turns in ((1, 1), last)]
+        return growth["summary"]([1, 2], rows)
 
     told = growth["as_text"]({"batch": {"square": part(4, 4), "noise": part(2, 5), "line": part(2, 2)}})
     worse = told.split("in every round:\n")[1]
