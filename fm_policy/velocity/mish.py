@@ -15,6 +15,9 @@ from torch import Tensor, nn
 # of 248. Rows decide and not numbers, so that a batch's size changes no bit of a row beyond them.
 FEW_ROWS = 2
 
+# Of halves torch rounds the result alone, the formulas above each of their steps, and a square of float16 overflows.
+PRECISE = (torch.float32, torch.float64)
+
 # Beyond it Mish(x) is x in single precision, and no square below overflows.
 LARGE = 20.0
 
@@ -24,7 +27,8 @@ class Mish(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mish of every number."""
-        if x.device.type != "cpu" or len(x) <= FEW_ROWS or torch.compiler.is_compiling():
+        ours = x.device.type == "cpu" and x.dtype in PRECISE and len(x) > FEW_ROWS
+        if not ours or torch.compiler.is_compiling():
             return F.mish(x)
         return _Mish.apply(x)
 

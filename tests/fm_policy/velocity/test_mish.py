@@ -42,6 +42,14 @@ def test_both_derivatives_equal_finite_differences():
         torch.testing.assert_close(along, measured, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_are_left_to_torch_whose_gradient_does_not_overflow(dtype):
+    ours, theirs = (torch.linspace(-20, 20, 300).view(3, 100).to(dtype).requires_grad_() for _ in range(2))
+    Mish()(ours).sum().backward()
+    F.mish(theirs).sum().backward()
+    assert torch.equal(ours.grad, theirs.grad) and ours.grad.isfinite().all()
+
+
 def test_few_rows_are_left_to_torch():
     x = torch.randn(FEW_ROWS, 100)
     assert torch.equal(Mish()(x), F.mish(x))
