@@ -76,11 +76,11 @@ class Transformer(ConditionedNet):
     def condition(self, t: Tensor, o: Tensor) -> Conditions:
         """See `ConditionedNet.condition`: each block's modulation, `(B, 6 * dim)`."""
         cond = self.activation(t + o)
-        return Conditions(tuple(block.modulation(cond) for block in self.blocks))  # type: ignore[operator]
+        return tuple(block.modulation(cond) for block in self.blocks)  # type: ignore[operator]
 
     def transform(self, x: Tensor, conditions: Conditions) -> Tensor:
         """See `ConditionedNet.transform`."""
         h = self.embed(x) + self.position
-        for block, modulation in zip(self.blocks, conditions.of_blocks, strict=True):
+        for block, modulation in zip(self.blocks, conditions, strict=True):
             h = block(h, modulation)
         return self.out(self.norm(h))

@@ -117,11 +117,11 @@ class Unet1d(ConditionedNet):
     def condition(self, t: Tensor, o: Tensor) -> Conditions:
         """See `ConditionedNet.condition`: each block's film, `(B, 2 * outputs)`."""
         cond = self.activation(torch.cat([t, o], dim=-1))
-        return Conditions(tuple(block.film(cond) for pair in (*self.down, self.middle, *self.up) for block in pair))
+        return tuple(block.film(cond) for pair in (*self.down, self.middle, *self.up) for block in pair)
 
     def transform(self, x: Tensor, conditions: Conditions) -> Tensor:
         """See `ConditionedNet.transform`."""
-        h, films = x.transpose(1, 2), iter(conditions.of_blocks)  # (B, action_dim, horizon)
+        h, films = x.transpose(1, 2), iter(conditions)  # (B, action_dim, horizon)
         skips = []
         for level, down in enumerate(self.down):
             h = down(h, films)

@@ -8,8 +8,8 @@ from lerobot.policies.diffusion.modeling_diffusion import DiffusionConditionalUn
 from torch import nn
 
 from fm_policy.flow.solvers import call_times, integrate
-from fm_policy.velocity import Transformer, Unet1d, unet1d
-from fm_policy.velocity.interface import TimeEmbedding
+from fm_policy.velocity import Transformer, Unet1d, interface, unet1d
+from fm_policy.velocity.interface import MOST_ROWS, TimeEmbedding
 
 ACTION_DIM, OBS_DIM, HORIZON = 3, 7, 16
 
@@ -123,24 +123,43 @@ class TestInterface:
         assert calls == [3 * 5]  # 0, 1/4, ... 1
         torch.testing.assert_close(solved, expected, rtol=1e-4, atol=1e-5)
 
+    def test_conditions_of_many_rows_are_computed_as_they_are_asked_for(self, name, monkeypatch):
+        net, steps = small_nets()[name], 1 + MOST_ROWS // 3
+        x, o, calls = torch.randn(3, HORIZON, ACTION_DIM), torch.randn(3, OBS_DIM), []
+        condition = net.condition
+        monkeypatch.setattr(net, "condition", lambda t, o: calls.append(len(t)) or condition(t, o))
+        with torch.no_grad():
+            integrate(net.bind(o, call_times("euler", steps)), x, "euler", steps)
+        assert calls == [3] * steps
+
     def test_another_time_than_the_known_ones_may_be_asked_for(self, name):
         net = small_nets()[name]
         x, o = torch.randn(2, HORIZON, ACTION_DIM), torch.randn(2, OBS_DIM)
-        v = net.bind(o, (0.0, 0.5))
         with torch.no_grad():
+            v = net.bind(o, (0.0, 0.5))
             for t in (0.3, torch.tensor(0.5), torch.tensor([0.5, 0.7])):
                 assert torch.equal(v(t, x), net(t, x, o))
 
-    def test_gradients_through_known_times(self, name):
+    @pytest.mark.parametrize("steps", [3, MOST_ROWS])
+    def test_gradients_through_known_times(self, name, steps):
         net = small_nets()[name].double()
         x, o = torch.randn(2, HORIZON, ACTION_DIM).double(), torch.randn(2, OBS_DIM).double()
 
         def gradients(times):
-            loss = integrate(net.bind(o, times), x, "euler", 3).square().mean()
+            loss = integrate(net.bind(o, times), x, "euler", steps).square().mean()
             return torch.autograd.grad(loss, list(net.parameters()))
 
-        for known, asked in zip(gradients(call_times("euler", 3)), gradients(()), strict=True):
+        for known, asked in zip(gradients(call_times("euler", steps)), gradients(()), strict=True):
             torch.testing.assert_close(known, asked)
+
+    def test_few_rows_or_many_are_the_same_bit_for_bit(self, name, monkeypatch):
+        net, times = small_nets()[name], call_times("euler", 4)
+        x, o = torch.randn(48, HORIZON, ACTION_DIM), torch.randn(48, OBS_DIM)
+        with torch.no_grad():
+            at_once = integrate(net.bind(o, times), x, "euler", 4)
+            monkeypatch.setattr(interface, "MOST_ROWS", 0)
+            assert torch.equal(integrate(net.bind(o, times), x, "euler", 4), at_once)
+            assert torch.equal(integrate(net.bind(o[:16], times), x[:16], "euler", 4), at_once[:16])
 
 
 def test_time_embedding_tells_close_times_apart():
