@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from fm_policy.accelerator import data, shards, speed
+from fm_policy.accelerator.net import parameter_count
 from fm_policy.accelerator.plan import METHODS, TUNING_OF, control, first_stage, read_recipe, second_stage
 from fm_policy.accelerator.training import Trainer, finished, flops, prepare
 from fm_policy.files import write_json
@@ -92,7 +93,7 @@ def train(args: argparse.Namespace) -> None:
         if args.method == "fm_continued":
             plan = control(plan, recipe, flops(plan, windows, base) / flops(first_stage("fm", recipe), windows))
     trainer = Trainer(plan, windows, args.out / plan.name, base, device)
-    print(f"{args.out / plan.name}: {trainer.net.parameter_count()} parameters, {plan.steps} steps", flush=True)
+    print(f"{args.out / plan.name}: {parameter_count(trainer.net)} parameters, {plan.steps} steps", flush=True)
     trainer.run(clock)
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from fm_policy.files import write_json
+from fm_policy.files import read_tensors, write_json, write_tensors
 from fm_policy.images.data import READERS, Images
 from fm_policy.images.quality import (
     Classifier,
@@ -41,7 +41,7 @@ from fm_policy.images.recipes import DEFAULT_ROWS, PLANS, Plan, Row, rows
 from fm_policy.images.report import Cells, as_json, as_markdown, draw_curves, draw_same_noise
 from fm_policy.images.sampling import GRIDS, Cell, Grid, Measure
 from fm_policy.images.training import Trained, Trainer, settings_of
-from fm_policy.slices import Clock, TimeIsUpError, check_settings, read_tensors, write_tensors
+from fm_policy.slices import Clock, TimeIsUpError, check_settings
 
 CURVE_POINTS = 8
 UNFINISHED = 75  # the exit status of sysexits.h for "try again later"

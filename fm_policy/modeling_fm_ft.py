@@ -31,7 +31,7 @@ from fm_policy.deploy import rtc
 from fm_policy.ema import ema_decay, ema_update
 from fm_policy.flow.coupling import independent, inverse, nearest, reflow
 from fm_policy.flow.diagnostics import StepGradients
-from fm_policy.flow.losses import Reduction, cfm_loss, gaussian_nll, masked_mse, pseudo_huber
+from fm_policy.flow.losses import HUBER_SCALE, Reduction, cfm_loss, gaussian_nll, masked_mse, pseudo_huber
 from fm_policy.flow.noise import disturbed, sample_noise
 from fm_policy.flow.solvers import CountedVelocity, Velocity, call_times
 from fm_policy.net import FlowMatchingNet
@@ -42,8 +42,6 @@ from fm_policy.residual.stability import PENALTIES
 # A learned variance must follow the error, which falls within hundreds of steps; in the net's steps of 5e-6 it stood.
 VARIANCE_LR = 1e-2
 INITIAL_SIGMA = 0.1
-# Of the distance between a chunk and its teacher's, in normalised actions: near enough for a robot.
-HUBER_SCALE = 0.003
 
 
 class FlowMatchingPolicy(PreTrainedPolicy):

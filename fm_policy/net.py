@@ -1,22 +1,25 @@
 """Everything that is trained: observation encoder, velocity net and head, made from a configuration."""
 
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from fm_policy.configuration_fm_ft import FlowMatchingConfig
 from fm_policy.encoders import ObservationEncoder
 from fm_policy.flow.solvers import Velocity, call_times, integrate
 from fm_policy.residual.control_synth import ControlSynth
 from fm_policy.residual.unet import ResidualUnet
 from fm_policy.velocity import Transformer, Unet1d, VelocityNet
 
+if TYPE_CHECKING:
+    from fm_policy.configuration_fm_ft import FlowMatchingConfig  # needs LeRobot, which the nets do not
+
 
 class FlowMatchingNet(nn.Module):
     """An observation encoder, `o = encoder(batch)`, a velocity net, `velocity(t, x, o)`, and perhaps a head."""
 
-    def __init__(self, config: FlowMatchingConfig) -> None:
+    def __init__(self, config: "FlowMatchingConfig") -> None:
         super().__init__()
         features = config.input_features or {}
         cameras = list(config.image_features)
@@ -36,7 +39,7 @@ class FlowMatchingNet(nn.Module):
         self.head = _make_head(config, self.encoder.output_dim)
 
     def chunk(
-        self, config: FlowMatchingConfig, x0: Tensor, o: Tensor, v: Velocity | None = None, start: float = 0.0
+        self, config: "FlowMatchingConfig", x0: Tensor, o: Tensor, v: Velocity | None = None, start: float = 0.0
     ) -> Tensor:
         """The map of the robot: from noise on the configured grid to t = 1, and through the head to 1 + T_r.
 
@@ -53,7 +56,7 @@ class FlowMatchingNet(nn.Module):
         return self.refined(config, self.flow(config, x0, o, v, start), o)
 
     def flow(
-        self, config: FlowMatchingConfig, x0: Tensor, o: Tensor, v: Velocity | None = None, start: float = 0.0
+        self, config: "FlowMatchingConfig", x0: Tensor, o: Tensor, v: Velocity | None = None, start: float = 0.0
     ) -> Tensor:
         """The first part of `chunk`: from noise to x(1)."""
         checkpoint = config.checkpoint_solver and self.training
@@ -62,7 +65,7 @@ class FlowMatchingNet(nn.Module):
             steps = max(1, round((1 - start) * config.num_solver_steps))
             return integrate(v, x0, config.solver, steps, start=start, checkpoint=checkpoint)
 
-    def refined(self, config: FlowMatchingConfig, x1: Tensor, o: Tensor) -> Tensor:
+    def refined(self, config: "FlowMatchingConfig", x1: Tensor, o: Tensor) -> Tensor:
         """The second part of `chunk`: from x(1) to x(1 + T_r); x(1) itself where there is no head."""
         if self.head is None:
             return x1
@@ -70,12 +73,12 @@ class FlowMatchingNet(nn.Module):
         head = self.head.bind(o, call_times("euler", steps, 1.0, end))
         return integrate(head, x1, "euler", steps, start=1.0, end=end)
 
-    def bind(self, config: FlowMatchingConfig, o: Tensor) -> Velocity:
+    def bind(self, config: "FlowMatchingConfig", o: Tensor) -> Velocity:
         """The velocity of these observation features, `(B, obs_dim)`, to be asked on the configured grid."""
         return self.velocity.bind(o, call_times(config.solver, config.num_solver_steps))
 
 
-def _make_velocity_net(config: FlowMatchingConfig, obs_dim: int) -> VelocityNet:
+def _make_velocity_net(config: "FlowMatchingConfig", obs_dim: int) -> VelocityNet:
     action_dim = config.action_feature.shape[0]
     if config.velocity_net == "unet":
         return Unet1d(action_dim, obs_dim, config.down_dims, config.kernel_size, config.n_groups, config.time_embed_dim)
@@ -90,7 +93,7 @@ def _make_velocity_net(config: FlowMatchingConfig, obs_dim: int) -> VelocityNet:
     )
 
 
-def _make_head(config: FlowMatchingConfig, obs_dim: int) -> VelocityNet | None:
+def _make_head(config: "FlowMatchingConfig", obs_dim: int) -> VelocityNet | None:
     action_dim = config.action_feature.shape[0]
     if config.head == "unet":
         return ResidualUnet(action_dim, obs_dim)

@@ -1,19 +1,11 @@
-"""Work in slices of time: a clock, and files of tensors that are there whole or not at all.
-
-Knows torch and safetensors only.
-"""
+"""Work in slices of time: a clock, and a look at whose work it is that would be gone on with."""
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 SAVE_SECONDS = 120.0
 """Most of the work that a kill can lose."""
@@ -32,28 +24,6 @@ class Clock:
     def is_up(self) -> bool:
         """Whether it is all spent."""
         return time.monotonic() >= self._end
-
-
-def write_tensors(file: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Write a safetensors file, and the folders above it; each entry of `about` becomes JSON in its metadata."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(file.name + ".part")
-    contents = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    save_file(contents, draft, {name: json.dumps(value) for name, value in about.items()})
-    os.replace(draft, file)
-
-
-def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of such a file.
-
-    Raises:
-        OSError: If it cannot be read.
-        safetensors.SafetensorError: If it is no safetensors file, or cut off.
-        ValueError: If its metadata are no JSON.
-    """
-    with safe_open(file, "pt") as opened:
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        return tensors, {name: json.loads(value) for name, value in (opened.metadata() or {}).items()}
 
 
 def check_settings(file: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fm_policy.slices import read_tensors, write_tensors
+from fm_policy.files import read_tensors, write_tensors
 from fm_policy.windows import WindowedConfig
 
 IMAGE, STATE, ACTION = "observation.image", "observation.state", "action"

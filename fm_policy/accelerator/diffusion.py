@@ -49,6 +49,8 @@ def check(policy: Mapping[str, Any]) -> None:
     Raises:
         ValueError: Naming the field.
     """
+    if policy["velocity_net"] != "unet":
+        raise ValueError(f"ddpm needs velocity_net='unet', LeRobot's only one, got {policy['velocity_net']!r}")
     if not policy["spatial_softmax_num_keypoints"]:
         raise ValueError("ddpm needs spatial_softmax_num_keypoints above 0, got 0: LeRobot's encoder always has some")
     if policy["n_groups"] != LAST_BLOCK_GROUPS:

@@ -1,63 +1,48 @@
-"""The net of every method: a picture's encoder and a U-Net, with the names of the policy's own weights."""
+"""The policy's own nets, made of a recipe: LeRobot's configuration, which they are made of elsewhere, is not there."""
 
 from collections.abc import Mapping
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 
-from fm_policy.encoders import ObservationEncoder
-from fm_policy.flow.solvers import call_times, integrate
-from fm_policy.velocity import Unet1d
+from fm_policy.net import FlowMatchingNet
+
+if TYPE_CHECKING:
+    from fm_policy.configuration_fm_ft import FlowMatchingConfig
 
 MOST_PARAMETERS = 30_000_000
 
 
-class PixelNet(nn.Module):
-    """`FlowMatchingNet` without a head, whose own module needs LeRobot: o = encoder(batch), velocity(t, x, o).
+def settings(policy: Mapping[str, Any]) -> "FlowMatchingConfig":
+    """What `FlowMatchingNet` asks of a configuration.
 
     Args:
-        policy: Fields of a configuration as a recipe has them.
+        policy: Fields of a configuration as a recipe has them; of the first two stages, which train all of the net.
+    """
+    features = {name: SimpleNamespace(**feature) for name, feature in policy["input_features"].items()}
+    (action,) = policy["output_features"].values()
+    made = {
+        "input_features": features,
+        "image_features": {name: feature for name, feature in features.items() if feature.type == "VISUAL"},
+        "action_feature": SimpleNamespace(**action),
+        "trains_flow": True,
+    }
+    return cast("FlowMatchingConfig", SimpleNamespace(**{**policy, **made}))
+
+
+def make_net(policy: Mapping[str, Any]) -> FlowMatchingNet:
+    """Encoder and velocity net of a recipe.
 
     Raises:
-        ValueError: If the velocity net is no U-Net, or the whole has more than 30 M parameters.
+        ValueError: If they have more than 30 M parameters.
     """
+    net = FlowMatchingNet(settings(policy))
+    if parameter_count(net) > MOST_PARAMETERS:
+        raise ValueError(f"a net has at most {MOST_PARAMETERS} parameters, this one {parameter_count(net)}")
+    return net
 
-    def __init__(self, policy: Mapping[str, Any]) -> None:
-        super().__init__()
-        if policy["velocity_net"] != "unet":
-            raise ValueError(f"velocity_net must be 'unet', got {policy['velocity_net']!r}")
-        features = policy["input_features"]
-        cameras = [name for name, feature in features.items() if feature["type"] == "VISUAL"]
-        self.encoder = ObservationEncoder(
-            numbers={name: feature["shape"][0] for name, feature in features.items() if name not in cameras},
-            cameras=cameras,
-            n_obs_steps=policy["n_obs_steps"],
-            separate=policy["use_separate_rgb_encoder_per_camera"],
-            backbone=policy["vision_backbone"],
-            group_norm=policy["use_group_norm"],
-            keypoints=policy["spatial_softmax_num_keypoints"],
-            resize_shape=policy["resize_shape"],
-            crop_shape=policy["crop_shape"],
-            crop_is_random=policy["crop_is_random"],
-        )
-        (action,) = policy["output_features"].values()
-        size = (policy["down_dims"], policy["kernel_size"], policy["n_groups"], policy["time_embed_dim"])
-        self.velocity = Unet1d(action["shape"][0], self.encoder.output_dim, *size)
-        if self.parameter_count() > MOST_PARAMETERS:
-            raise ValueError(f"a net has at most {MOST_PARAMETERS} parameters, this one {self.parameter_count()}")
 
-    def parameter_count(self) -> int:
-        """Numbers that are trained."""
-        return sum(parameter.numel() for parameter in self.parameters())
-
-    def chunk(self, x0: Tensor, o: Tensor, policy: Mapping[str, Any]) -> Tensor:
-        """The map that is deployed, and that fine-tuning goes through: from noise on the policy's grid to t = 1.
-
-        Args:
-            x0: Noise, `(B, horizon, action_dim)`.
-            o: Observation features, `(B, obs_dim)`.
-            policy: Names the grid, `solver` and `num_solver_steps`, and `checkpoint_solver`.
-        """
-        solver, steps = policy["solver"], policy["num_solver_steps"]
-        v = self.velocity.bind(o, call_times(solver, steps))
-        return integrate(v, x0, solver, steps, checkpoint=policy["checkpoint_solver"] and self.training)
+def parameter_count(net: nn.Module) -> int:
+    """Numbers that are trained."""
+    return sum(parameter.numel() for parameter in net.parameters())

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from fm_policy.accelerator import diffusion
 from fm_policy.accelerator.data import IMAGE, IMAGENET
-from fm_policy.accelerator.training import AVERAGE_FILE, STATE_FILE, part
-from fm_policy.files import new_folder, write_json
-from fm_policy.slices import read_tensors, write_tensors
+from fm_policy.accelerator.training import AVERAGE_FILE, STATE_FILE
+from fm_policy.files import new_folder, part, read_tensors, write_json, write_tensors
 
 INDEX = "model.safetensors.index.json"
 LIMIT = 16 * 2**20

@@ -20,11 +20,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fm_policy.accelerator.data import ACTION, IMAGE, STATE, Windows
-from fm_policy.accelerator.net import PixelNet
+from fm_policy.accelerator.net import make_net
 from fm_policy.accelerator.plan import Plan
 from fm_policy.accelerator.shards import diffusion_settings
 from fm_policy.accelerator.training import Trainer, flops, loss_of
 from fm_policy.flow.solvers import call_times, integrate
+from fm_policy.net import FlowMatchingNet
 
 WARM_UP = 3
 MATRIX = {"cuda": 8192, "cpu": 1024}  # side of the product that stands for the device's rate
@@ -137,7 +138,7 @@ def inference(plan: Plan, windows: Windows, nfe: list[int], calls: int, eager: b
         For each row `p50` and `p99`, or why there is none.
     """
     device = windows.train.device
-    net = PixelNet(plan.policy).to(device).eval()
+    net = make_net(plan.policy).to(device).eval()
     seen = {name: windows.at(windows.train[:1])[name] for name in (IMAGE, STATE)}
     x = torch.randn_like(windows.at(windows.train[:1])[ACTION])
     o, t = net.encoder(seen), torch.tensor(0.5, device=device)
@@ -159,7 +160,7 @@ def inference(plan: Plan, windows: Windows, nfe: list[int], calls: int, eager: b
     return rows
 
 
-def _chunk(net: PixelNet, steps: int, seen: Mapping[str, Tensor], x0: Tensor) -> Call:
+def _chunk(net: FlowMatchingNet, steps: int, seen: Mapping[str, Tensor], x0: Tensor) -> Call:
     """From observation and noise to a chunk by Euler steps, with nothing on the way that the host must hand over."""
     times = {t: torch.tensor(t, device=x0.device) for t in call_times("euler", steps)}
 

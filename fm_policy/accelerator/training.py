@@ -20,19 +20,20 @@ from tqdm import tqdm
 
 from fm_policy.accelerator import diffusion
 from fm_policy.accelerator.data import ACTION, IS_PAD, Windows
-from fm_policy.accelerator.net import PixelNet
+from fm_policy.accelerator.net import make_net, settings
 from fm_policy.accelerator.plan import Plan
 from fm_policy.ema import ema_decay, ema_update
+from fm_policy.files import part, read_tensors, write_tensors
 from fm_policy.flow.coupling import independent, nearest, reflow
-from fm_policy.flow.losses import cfm_loss, masked_mse, pseudo_huber
+from fm_policy.flow.losses import HUBER_SCALE, cfm_loss, masked_mse, pseudo_huber
 from fm_policy.flow.solvers import call_times
+from fm_policy.net import FlowMatchingNet
 from fm_policy.repeatable import HELD_OUT_KEY, repeatable
-from fm_policy.slices import SAVE_SECONDS, Clock, TimeIsUpError, check_settings, read_tensors, write_tensors
+from fm_policy.slices import SAVE_SECONDS, Clock, TimeIsUpError, check_settings
 
 STATE_FILE, AVERAGE_FILE, LOG_FILE = "state.safetensors", "average.safetensors", "log.jsonl"
 START_KEY = 0  # what is drawn before the first step
 LOG_STEPS = 100
-HUBER_SCALE = 0.003  # the policy's, whose module needs LeRobot
 CLIP = 10.0  # of the gradient's norm, as in the policy's optimiser
 
 
@@ -56,7 +57,7 @@ def prepare(name: str) -> torch.device:
     return device
 
 
-def loss_of(plan: Plan, net: PixelNet, base: PixelNet | None, batch: dict[str, Tensor]) -> Tensor:
+def loss_of(plan: Plan, net: FlowMatchingNet, base: FlowMatchingNet | None, batch: dict[str, Tensor]) -> Tensor:
     """The method's loss of a batch: eq. (3), eq. (6), or the error of the predicted noise.
 
     Args:
@@ -75,29 +76,29 @@ def loss_of(plan: Plan, net: PixelNet, base: PixelNet | None, batch: dict[str, T
         if plan.policy["coupling"] == "reflow":
             assert base is not None
             x0, ends = _taught(plan, base, batch)
-            return pseudo_huber(net.chunk(x0, o, plan.policy), ends, HUBER_SCALE)
-        return masked_mse(net.chunk(_noise(plan, net, batch, o), o, plan.policy), x1, is_pad)
+            return pseudo_huber(net.chunk(settings(plan.policy), x0, o), ends, HUBER_SCALE)
+        return masked_mse(net.chunk(settings(plan.policy), _noise(plan, net, batch, o), o), x1, is_pad)
 
 
 @torch.no_grad()
-def _taught(plan: Plan, base: PixelNet, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _taught(plan: Plan, base: FlowMatchingNet, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     steps = plan.policy["reflow_steps"]
     with torch.autocast(batch[ACTION].device.type, enabled=False):  # the roundings of a teacher would be learned
         v = base.velocity.bind(base.encoder(batch), call_times("euler", steps))  # told the times, it compiles once
         return reflow(batch[ACTION], v, steps)
 
 
-def _noise(plan: Plan, net: PixelNet, batch: dict[str, Tensor], o: Tensor) -> Tensor:
+def _noise(plan: Plan, net: FlowMatchingNet, batch: dict[str, Tensor], o: Tensor) -> Tensor:
     if plan.policy["coupling"] == "independent":
         return independent(batch[ACTION])
     k = plan.policy["nearest_k"]
-    solve = partial(net.chunk, o=o.detach().repeat(k, 1), policy=plan.policy)
+    solve = partial(net.chunk, settings(plan.policy), o=o.detach().repeat(k, 1))
     return nearest(batch[ACTION], k, solve, batch[IS_PAD])
 
 
-def flops(plan: Plan, windows: Windows, base: PixelNet | None = None) -> int:
+def flops(plan: Plan, windows: Windows, base: FlowMatchingNet | None = None) -> int:
     """Floating-point operations of a window in a training step, forwards and backwards."""
-    net, device = PixelNet(plan.policy), windows.train.device
+    net, device = make_net(plan.policy), windows.train.device
     counter = FlopCounterMode(display=False)
     with counter, repeatable(HELD_OUT_KEY, device):
         loss_of(plan, net.to(device), base, windows.draw(2)).backward()
@@ -107,7 +108,9 @@ def flops(plan: Plan, windows: Windows, base: PixelNet | None = None) -> int:
 class Trainer:
     """A net, its average and its optimiser."""
 
-    def __init__(self, plan: Plan, windows: Windows, folder: Path, base: PixelNet | None, device: torch.device) -> None:
+    def __init__(
+        self, plan: Plan, windows: Windows, folder: Path, base: FlowMatchingNet | None, device: torch.device
+    ) -> None:
         """Begin, or go on from where the folder stands.
 
         Args:
@@ -122,7 +125,7 @@ class Trainer:
         """
         self.plan, self.windows, self.folder, self.device = plan, windows, folder, device
         with repeatable((plan.seed, START_KEY), device):
-            self.net = PixelNet(plan.policy).to(device)
+            self.net = make_net(plan.policy).to(device)
         if base is not None:
             self.net.load_state_dict(base.state_dict())
         self.base = None if base is None else base.to(device)
@@ -244,12 +247,7 @@ class Trainer:
         log.write_text("".join(kept), encoding="utf-8")
 
 
-def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin so, without that beginning."""
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def finished(folder: Path, plan: Plan) -> PixelNet:
+def finished(folder: Path, plan: Plan) -> FlowMatchingNet:
     """The averaged net of a finished training, frozen.
 
     Raises:
@@ -261,6 +259,6 @@ def finished(folder: Path, plan: Plan) -> PixelNet:
     tensors, about = read_tensors(file)
     wanted: dict[str, Any] = {"policy": plan.policy, "seed": plan.seed}
     check_settings(file, {name: about["plan"][name] for name in wanted}, wanted)
-    net = PixelNet(plan.policy)
+    net = make_net(plan.policy)
     net.load_state_dict(part(tensors, "average."))
     return net.requires_grad_(False).eval()

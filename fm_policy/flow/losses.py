@@ -10,6 +10,8 @@ from fm_policy.flow.solvers import Velocity
 
 Reduction = Literal["mean", "none"]
 LOG_VARIANCE_RANGE = (-10.0, 4.0)
+HUBER_SCALE = 0.003
+"""Of the distance between a chunk and its teacher's, in normalised actions: near enough for a robot."""
 
 
 def masked_mse(

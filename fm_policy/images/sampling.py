@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fm_policy.files import write_json
+from fm_policy.files import read_tensors, write_json, write_tensors
 from fm_policy.flow.noise import sample_noise
 from fm_policy.images.data import Images
 from fm_policy.images.net import HEAD_STEPS, ImageFlow
 from fm_policy.images.quality import Extractor, Moments, batches, frechet_distance, moments
 from fm_policy.repeatable import repeatable
-from fm_policy.slices import Clock, TimeIsUpError, check_settings, read_tensors, write_tensors
+from fm_policy.slices import Clock, TimeIsUpError, check_settings
 
 SAMPLES_KEY = 1  # sets the noise of measurements apart from that of training steps
 

@@ -13,12 +13,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fm_policy.ema import ema_decay, ema_update
+from fm_policy.files import part, read_tensors, write_tensors
 from fm_policy.flow.coupling import independent, inverse, minibatch_ot, nearest
 from fm_policy.flow.losses import cfm_loss, masked_mse
 from fm_policy.images.data import Images
 from fm_policy.images.net import ImageFlow, Shape
 from fm_policy.repeatable import repeatable
-from fm_policy.slices import SAVE_SECONDS, Clock, TimeIsUpError, check_settings, read_tensors, write_tensors
+from fm_policy.slices import SAVE_SECONDS, Clock, TimeIsUpError, check_settings
 
 COUPLINGS = ("nearest", "independent", "ot", "inverse")
 INVERSE_CALLS = 32  # of `inverse`
@@ -231,11 +232,11 @@ class Trainer:
         tensors, metadata = read_tensors(file)
         check_settings(file, metadata["settings"], self.settings)
         self.step, self.curve = metadata["step"], {int(step): value for step, value in metadata["curve"].items()}
-        self.average.load_state_dict(_part(tensors, "average."))
+        self.average.load_state_dict(part(tensors, "average."))
         if file.suffix == ".partial":
-            self.net.load_state_dict(_part(tensors, "net."))
+            self.net.load_state_dict(part(tensors, "net."))
             state: dict[int, dict[str, Tensor]] = {}
-            for name, value in _part(tensors, "adam.").items():
+            for name, value in part(tensors, "adam.").items():
                 n, _, key = name.partition(".")
                 state.setdefault(int(n), {})[key] = value
             self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
@@ -244,7 +245,3 @@ class Trainer:
 def settings_of(images: Images, shape: Shape, recipe: Recipe, seed: int) -> dict[str, Any]:
     """What decides a model, beside the one that it starts from."""
     return {"image": images.shape, "shape": asdict(shape), "recipe": asdict(recipe), "seed": seed}
-
-
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

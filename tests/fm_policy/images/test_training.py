@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 
+from fm_policy.files import read_tensors
 from fm_policy.flow.coupling import inverse
 from fm_policy.flow.losses import masked_mse
 from fm_policy.images.net import ImageFlow, Shape
 from fm_policy.images.training import Recipe, Trainer
-from fm_policy.slices import Clock, TimeIsUpError, read_tensors
+from fm_policy.slices import Clock, TimeIsUpError
 
 CPU = torch.device("cpu")
 SMALL = Shape((8,), groups=4)
