@@ -3,7 +3,8 @@
 One observation at a time, one thread unless asked otherwise, all in turns. A chunk is a `select_action` after a
 `reset`: history, encoder, solver, queue. Its limit is what it cannot do without, the encoder once and the bare network
 NFE times; the peer is LeRobot's `DiffusionPolicy` with a U-Net of the same size, and random weights. Processors are
-timed apart, since they are LeRobot's for both.
+timed apart, since they are LeRobot's for both. A second table has the bare call of several rows (an evaluation's),
+and its rate beside that of a product of two large matrices, which the machine does not exceed.
 """
 
 import argparse
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from fm_policy.configuration_fm_ft import FlowMatchingConfig
     from fm_policy.modeling_fm_ft import FlowMatchingPolicy
 
+SIDE = 1024  # of the matrices whose product stands for the machine's rate
 Observation = dict[str, "Tensor"]
 Timed = dict[str, Callable[[], object]]
 
@@ -31,6 +33,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--policy", type=Path, help="folder of a checkpoint with a U-Net; the shipped policy if not given")
     add("--nfe", type=int, nargs="+", default=[1, 2, 4, 16], help="network calls of a chunk")
+    add("--rows", type=int, nargs="*", default=[1, 16, 64], help="of the bare calls whose rates are told")
     add("--peers", nargs="*", default=["ddpm/100", "ddim/10"], help="the peer's schedulers and calls")
     add("--rounds", type=int, default=10, help="turns of each")
     add("--calls", type=int, default=20, help="chunks in a turn")
@@ -138,6 +141,39 @@ def row(taken: np.ndarray, limit: np.ndarray | None) -> dict[str, float | None]:
     return {"p50_ms": float(p50), "p99_ms": float(p99), "worst_ms": float(taken.max() * 1e3), "over_limit": share}
 
 
+def rates(policy: "FlowMatchingPolicy", rows: list[int], rounds: int, calls: int) -> dict[str, dict[str, float]]:
+    """Milliseconds, operations and rates of bare calls, by their rows; `share` is of the rate of the matrices."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    net = policy.active_net
+    device = next(net.parameters()).device
+
+    def bare(count: int) -> Callable[[], object]:
+        x = torch.randn(count, *policy.config.noise_shape, device=device)
+        o = torch.randn(count, net.encoder.output_dim, device=device)
+        return torch.no_grad()(lambda: net.velocity(0.5, x, o))
+
+    matrix = torch.randn(SIDE, SIDE, device=device)
+    timed: Timed = {"matrices": lambda: matrix @ matrix} | {str(count): bare(count) for count in rows}
+    operations = {}
+    for name, call in timed.items():
+        with FlopCounterMode(display=False) as counter:
+            call()
+        operations[name] = counter.get_total_flops()
+    taken = {name: np.median(values, axis=1) for name, values in measure(timed, rounds, calls).items()}
+    per_second = {name: operations[name] / values for name, values in taken.items()}
+    return {
+        name: {
+            "ms": float(np.median(taken[name]) * 1e3),
+            "operations": operations[name],
+            "gflops": float(np.median(per_second[name]) / 1e9),
+            "share": float(np.median(per_second[name] / per_second["matrices"])),
+        }
+        for name in timed
+    }
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """All measurements; see the module."""
     import torch
@@ -168,7 +204,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     rows = {name: row(values, limits.get(name.removesuffix(", compiled"))) for name, values in taken.items()}
     where = {"threads": args.threads, "device": args.device, "machine": platform.processor() or platform.machine()}
     size = sum(p.numel() for p in policy.active_net.parameters())
-    return {"rows": rows, "first_s": first, "parameters": size, "calls": args.rounds * args.calls, **where}
+    told = {"rows": rows, "first_s": first, "parameters": size, "calls": args.rounds * args.calls, **where}
+    return told | {"rates": rates(policy, args.rows, args.rounds, args.calls)}
 
 
 def main() -> None:
@@ -182,6 +219,9 @@ def main() -> None:
         share = "" if numbers["over_limit"] is None else f"{numbers['over_limit']:18.2f}"
         print(f"{name:20s}{numbers['p50_ms']:9.2f}{numbers['p99_ms']:9.2f}{numbers['worst_ms']:9.2f}    {share}")
     print("; ".join(f"{name} {value:.2f} s" for name, value in told["first_s"].items()))
+    for name, numbers in told["rates"].items():
+        what = f"{name} rows" if name.isdigit() else f"{SIDE} x {SIDE} {name}"
+        print(f"{what:20s}{numbers['ms']:9.2f} ms{numbers['gflops']:9.1f} GFLOP/s{numbers['share']:9.2f} of matrices'")
     if args.json:
         args.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 

@@ -57,12 +57,19 @@ def test_the_share_is_of_the_limit_in_the_same_round(program):
     assert (numbers["p50_ms"], numbers["worst_ms"]) == (4000, 9000)
 
 
+def test_sixteen_rows_are_sixteen_times_the_operations_of_one(program):
+    told = program["rates"](load_checkpoint(default_policy()).policy, [1, 16], rounds=2, calls=2)
+    assert list(told) == ["matrices", "1", "16"] and told["matrices"]["share"] == 1
+    assert told["matrices"]["operations"] == 2 * 1024**3
+    assert told["16"]["operations"] == pytest.approx(16 * told["1"]["operations"], rel=0.01)  # the time's are one row's
+
+
 def test_it_prints_and_writes_a_row_for_each(tmp_path):
     arguments = ["--nfe", "1", "2", "--peers", "ddim/2", "--rounds", "2", "--calls", "2", "--json", tmp_path / "n.json"]
     done = subprocess.run([sys.executable, PROGRAM, *map(str, arguments)], capture_output=True, text=True, check=True)
     told = json.loads((tmp_path / "n.json").read_text())
     assert list(told["rows"]) == ["bare call", "encoder", "NFE 1", "NFE 2", "processors", "peer ddim/2"]
-    assert told["calls"] == 4 and told["parameters"] > 4e6
+    assert told["calls"] == 4 and told["parameters"] > 4e6 and list(told["rates"]) == ["matrices", "1", "16", "64"]
     for name, numbers in told["rows"].items():
         assert 0 < numbers["p50_ms"] <= numbers["p99_ms"] <= numbers["worst_ms"]
         assert (numbers["over_limit"] is not None) == name.startswith("NFE") and name in done.stdout
