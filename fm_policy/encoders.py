@@ -5,6 +5,7 @@ downloads anything: weights come from training or from a checkpoint.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 import torch
 import torchvision
@@ -75,7 +76,21 @@ class ImageEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Encode normalised pictures `(N, C, H, W)` as `(N, output_dim)`."""
-        return self.pool(self.trunk(self._frame(images))).flatten(1)
+        images = self._frame(images)
+        if not self.training and images.device.type == "cpu":
+            images = images.contiguous(memory_format=torch.channels_last)
+        return self.pool(self.trunk(images)).flatten(1)
+
+    def train(self, mode: bool = True) -> Self:
+        """See torch. On a CPU the weights of a robot's net lie channels last, which halves the time of a picture.
+
+        Not in training, which gains less, and whose optimiser saves what lies as the weights do: LeRobot saves
+        contiguous tensors only.
+        """
+        super().train(mode)
+        last = not mode and next(self.trunk.parameters()).device.type == "cpu"
+        self.trunk.to(memory_format=torch.channels_last if last else torch.contiguous_format)  # type: ignore[call-overload]
+        return self
 
     def _frame(self, images: Tensor) -> Tensor:
         if self.resize_shape:

@@ -30,6 +30,18 @@ def test_crop_is_central_and_steady_outside_training():
         assert not torch.equal(encoder(image), encoder(border))
 
 
+def test_weights_lie_channels_last_on_the_robot_alone_and_nothing_else_changes():
+    encoder, images = ImageEncoder(), torch.randn(3, 3, 48, 48)
+    trained = {name: value.clone() for name, value in encoder.state_dict().items()}
+    weight = encoder.trunk[0].weight
+    with torch.no_grad():
+        expected = encoder(images)
+        assert torch.allclose(encoder.eval()(images), expected, rtol=0, atol=1e-5)
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    assert encoder.train().trunk[0].weight is weight and weight.is_contiguous()
+    assert all(torch.equal(value, trained[name]) for name, value in encoder.state_dict().items())
+
+
 def test_spatial_softmax_finds_the_place_of_a_peak():
     pool = SpatialSoftmax(channels=1, keypoints=1)
     nn.init.constant_(pool.to_keypoints.weight, 1.0)
