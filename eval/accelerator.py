@@ -134,7 +134,7 @@ def main() -> None:
     except TimeIsUpError:
         print("The time is up: the same command goes on from here.", file=sys.stderr)
         sys.exit(UNFINISHED)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 
 

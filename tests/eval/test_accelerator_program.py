@@ -311,6 +311,12 @@ def test_bad_arguments_are_refused_by_name(program, common, runs, capsys, argume
     assert message in f"{refused.value.code} {capsys.readouterr().err}"
 
 
+def test_a_file_where_a_folder_should_be_is_named(program, runs, tmp_path):
+    (tmp_path / "shards").write_text("")
+    with pytest.raises(SystemExit, match=r"error: .*Not a directory.*shards"):
+        program("home", "--run", runs / "fm", "--out", tmp_path / "shards")
+
+
 def test_other_folders_and_data_are_refused(recipe, packed, tmp_path):
     with pytest.raises(ValueError, match=r"no LeRobotDataset in .*: it has no meta/info.json"):
         data.pack(tmp_path)
