@@ -10,6 +10,7 @@ from typing import Any
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.utils.device_utils import get_safe_torch_device
+from safetensors import SafetensorError, safe_open
 
 from fm_policy.evaluation.inference import Processor
 from fm_policy.evaluation.policies import POLICIES, ChunkPolicy
@@ -135,7 +136,7 @@ def _kind(path: Path) -> str | None:
     """The type of the policy in a folder.
 
     Raises:
-        ValueError: If it is no checkpoint.
+        ValueError: If it is no checkpoint, or one of its files is broken.
     """
     if not path.is_dir():
         raise ValueError(f"no checkpoint: {path} is no folder")
@@ -143,4 +144,18 @@ def _kind(path: Path) -> str | None:
     if missing:
         hint = f"; did you mean {path / 'pretrained_model'}?" if (path / "pretrained_model").is_dir() else ""
         raise ValueError(f"{path} is no whole checkpoint, it lacks {', '.join(missing)}{hint}")
+    for file in sorted({*path.glob("*.safetensors"), *map(path.joinpath, FILES)}):
+        _check_file(file)
     return json.loads((path / "config.json").read_text(encoding="utf-8")).get("type")
+
+
+def _check_file(file: Path) -> None:
+    """Look whether a file is whole, without reading tensors: what loads it says less of what is wrong."""
+    try:
+        if file.suffix == ".json":
+            json.loads(file.read_text(encoding="utf-8"))
+        else:
+            with safe_open(file, "pt"):
+                pass
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{file} is broken, perhaps cut off when it was copied: {error}") from error

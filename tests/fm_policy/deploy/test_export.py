@@ -114,8 +114,8 @@ def spoil_weight(checkpoint: Path) -> None:
 
 BROKEN = {
     "weights cut off": (lambda folder: cut(folder, "model.safetensors"), "model.safetensors is broken"),
-    "configuration cut off": (lambda folder: cut(folder, "config.json"), "is a broken checkpoint"),
-    "processor cut off": (lambda folder: cut(folder, "policy_preprocessor.json"), "is a broken checkpoint"),
+    "configuration cut off": (lambda folder: cut(folder, "config.json"), "config.json is broken"),
+    "processor cut off": (lambda folder: cut(folder, "policy_preprocessor.json"), "policy_preprocessor.json is broken"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "lacks model.safetensors"),
     "a weight is NaN": (spoil_weight, "1 weights hold NaN or infinity, velocity.out.1.bias among them"),
 }

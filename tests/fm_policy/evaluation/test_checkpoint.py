@@ -35,6 +35,14 @@ def test_a_missing_folder_is_named(tmp_path):
         load_checkpoint(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("pattern", ["config.json", "model.safetensors", "*preprocessor*.safetensors", "*post*.json"])
+def test_a_file_that_was_cut_off_is_named(folder, pattern):
+    (file,) = folder.glob(pattern)
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=f"{file.name} is broken, perhaps cut off when it was copied"):
+        load_any_checkpoint(folder)
+
+
 def test_the_folder_around_a_checkpoint_gets_a_hint(folder, tmp_path):
     folder.rename(tmp_path / "pretrained_model")
     with pytest.raises(ValueError, match="did you mean .*pretrained_model"):
