@@ -3,7 +3,6 @@
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 import draccus
 import torch
 from lerobot.envs.configs import EnvConfig
+
+from fm_policy.evaluation.ranks import cores
 
 PACKAGES = ("lerobot_policy_fm_ft", "lerobot", "torch", "numpy", "gymnasium")
 
@@ -43,7 +44,7 @@ def describe_hardware(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "device": name,
         "system": platform.platform(),

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 
 MEETING = timedelta(minutes=5)
@@ -71,7 +72,8 @@ def join() -> Rank:
 def companions(processes: int) -> Iterator[None]:
     """Run this very program, with its arguments, in `processes - 1` further processes beside this one, the first.
 
-    Does nothing in a process that is one of several already. If this process fails, the others are ended.
+    Does nothing in a process that is one of several already. If this process fails, the others are ended. They share
+    the cores, unless OMP_NUM_THREADS is set.
 
     Raises:
         ValueError: If `processes` is below 1.
@@ -84,7 +86,8 @@ def companions(processes: int) -> Iterator[None]:
         return
     meeting = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     os.environ |= meeting | {"RANK": "0"}
-    others = [_start(rank) for rank in range(1, processes)]
+    threads = _share_cores(processes)
+    others = [_start(rank, threads) for rank in range(1, processes)]
     try:
         yield
         failed = [rank for rank, other in enumerate(others, start=1) if other.wait()]
@@ -100,8 +103,25 @@ def companions(processes: int) -> Iterator[None]:
             del os.environ[name]
 
 
-def _start(rank: int) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, *sys.argv], env=os.environ | {"RANK": str(rank)})
+def cores() -> int:
+    """Of the machine, as many as this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _share_cores(processes: int) -> int:
+    """Give this process its share of torch's threads, unless the user did, and return how many those are.
+
+    Left alone, each of them starts one for every core, and they wait for one another: two processes on two cores are
+    then slower than one.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, cores() // processes))
+    return torch.get_num_threads()
+
+
+def _start(rank: int, threads: int) -> subprocess.Popen[bytes]:
+    own = {"RANK": str(rank), "OMP_NUM_THREADS": str(threads)}
+    return subprocess.Popen([sys.executable, *sys.argv], env=os.environ | own)
 
 
 def _free_port() -> int:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from threading import Barrier
 
 import pytest
+import torch
 
 from fm_policy.evaluation import ranks
 from fm_policy.evaluation.checkpoint import load_checkpoint
@@ -99,7 +100,7 @@ def test_companions_are_started_once_and_ended_when_this_process_fails(monkeypat
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr("sys.argv", ["-c", "import time; time.sleep(100)"])
     started = []
-    monkeypatch.setattr(ranks, "_start", lambda rank, start=ranks._start: started.append(start(rank)) or started[-1])
+    monkeypatch.setattr(ranks, "_start", lambda *of, start=ranks._start: started.append(start(*of)) or started[-1])
     before = dict(os.environ)
 
     def fail():
@@ -120,6 +121,23 @@ def test_a_companion_that_fails_is_told(monkeypatch):
     monkeypatch.setattr("sys.argv", ["-c", "import os; raise SystemExit(os.environ['RANK'] == '2')"])
     with pytest.raises(ConnectionError, match=r"of 3 processes these failed: \[2\]"), companions(3):
         pass
+
+
+@pytest.mark.parametrize(("said", "threads"), [(None, "1"), ("3", "3")])
+def test_companions_share_the_cores_unless_the_user_says_otherwise(monkeypatch, said, threads):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(ranks, "cores", lambda: 3)
+    before = torch.get_num_threads()
+    if said:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+        torch.set_num_threads(int(said))  # as torch does when it starts
+    monkeypatch.setattr(
+        "sys.argv", ["-c", f"import os; raise SystemExit(os.environ['OMP_NUM_THREADS'] != '{threads}')"]
+    )
+    with companions(2):
+        assert torch.get_num_threads() == int(threads)
+    torch.set_num_threads(before)
 
 
 def test_there_is_at_least_one_process():
