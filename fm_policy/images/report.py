@@ -21,6 +21,7 @@ Cells = dict[tuple[str, int, str], Cell]
 
 PICTURE_KEY = 2  # of the noise of Figure E.2
 DRAWN = 16
+COLOURS = 10  # of matplotlib's cycle
 
 
 def as_json(cells: Cells, rows: dict[str, Row], seeds: Sequence[int], about: dict[str, Any]) -> dict[str, Any]:
@@ -76,11 +77,11 @@ def draw_curves(curves: dict[str, list[dict[int, float]]], grid: Grid, floor: fl
     for n, (title, seeds) in enumerate(curves.items()):
         share = np.array([*seeds[0]]) / max(seeds[0])
         values = np.array([[*curve.values()] for curve in seeds])
-        axis.plot(
-            share, values.mean(0), color=f"C{n}", marker="o", markersize=3, label=f"{title} ({max(seeds[0])} steps)"
-        )
+        look: dict[str, Any] = {"color": f"C{n}", "linestyle": "-" if n < COLOURS else "--"}
+        label = f"{title} ({max(seeds[0])} steps)"
+        axis.plot(share, values.mean(0), **look, marker="o", markersize=3, label=label)
         if len(seeds) > 1:
-            axis.plot(share, values.T, color=f"C{n}", linewidth=0.5, alpha=0.5)
+            axis.plot(share, values.T, **look, linewidth=0.5, alpha=0.5)
     axis.axhline(floor, color="0.5", linestyle=":", label="real images held out")
     axis.set(xlabel="share of the steps", ylabel=f"Fréchet distance, {grid.title}", yscale="log")
     figure.legend(loc="outside right upper", fontsize=7)
