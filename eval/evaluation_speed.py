@@ -31,7 +31,7 @@ class Taken(NamedTuple):
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--policy", type=Path, help="folder of a checkpoint; the shipped policy if not given")
+    add("--policy", type=Path, help="folder of a checkpoint; the one that ships for the task if not given")
     add("--env", default="pusht_b", help="the task, as eval/rollout.py names it")
     add("--episodes", type=int, default=100, help="in a turn")
     add("--batch-size", type=int, default=50, help="environments of lerobot-eval; its own default is 50")
@@ -89,7 +89,7 @@ def measure(args: argparse.Namespace) -> dict[str, list[Taken]]:
 
     from fm_policy.assets import default_policy
 
-    policy = args.policy or default_policy()
+    policy = args.policy or default_policy(args.env)
     turns: dict[str, list[Taken]] = {name: [] for name in PROGRAMS}
     for _ in tqdm(range(args.rounds), unit="round"):
         for name, run in PROGRAMS.items():

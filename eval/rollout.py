@@ -12,7 +12,7 @@ START = time.perf_counter()
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--policy", type=Path, help="folder of a checkpoint; the one that ships with the package if not given")
+    add("--policy", type=Path, help="folder of a checkpoint; the one that ships for the task if not given")
     add("--env", default="pusht_b", help="task: pusht_b, pusht_a, kitchen, lift, handover, transport")
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="of the task: layout=d4rl; repeatable")
     add("--episodes", type=int, default=500, help="number of seeds, each one a start")
@@ -51,7 +51,8 @@ def evaluate(args: argparse.Namespace) -> None:
 
     imports = round(time.perf_counter() - START, 2)
     names = ("seed", "episodes", "repeats", "n_action_steps", "batch_size", "videos", "observation_noise")
-    checkpoint = load_any_checkpoint(args.policy or default_policy(), args.device, args.solver, args.nfe)
+    policy = args.policy or default_policy(args.env)
+    checkpoint = load_any_checkpoint(policy, args.device, args.solver, args.nfe)
     seen = {"obs": "image"} if checkpoint.policy.config.image_features else {}
     task = make_env_config(args.env, **seen | parse_options(args.option))
     run = Run(**{name: getattr(args, name) for name in names}, packages=SIMULATORS[task.type])
