@@ -17,7 +17,7 @@ def default_policy(task: str = "pusht") -> Path:
     shipped = {path.name.removesuffix("_state"): path for path in sorted(FOLDER.glob("*_state"))}
     name = task.partition("_")[0]
     if name not in shipped:
-        raise ValueError(f"no policy ships for the task {task!r}, only for {', '.join(shipped)}: name one")
+        raise ValueError(f"no policy ships for the task {task!r}, only for {', '.join(shipped)}: name a checkpoint")
     return shipped[name]
 
 
