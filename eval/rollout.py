@@ -51,10 +51,12 @@ def evaluate(args: argparse.Namespace) -> None:
 
     imports = round(time.perf_counter() - START, 2)
     names = ("seed", "episodes", "repeats", "n_action_steps", "batch_size", "videos", "observation_noise")
+    options = parse_options(args.option)
+    make_env_config(args.env, **options)  # a wrong one is told before a checkpoint is looked for
     policy = args.policy or default_policy(args.env)
     checkpoint = load_any_checkpoint(policy, args.device, args.solver, args.nfe)
     seen = {"obs": "image"} if checkpoint.policy.config.image_features else {}
-    task = make_env_config(args.env, **seen | parse_options(args.option))
+    task = make_env_config(args.env, **seen | options)
     run = Run(**{name: getattr(args, name) for name in names}, packages=SIMULATORS[task.type])
     out = args.out or Path("outputs/eval", datetime.now().strftime("%Y-%m-%d/%H-%M-%S"))
     rank = join()

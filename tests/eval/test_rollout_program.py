@@ -78,7 +78,11 @@ def wait_for_rows(path, count: int, process: subprocess.Popen, seconds: float = 
         (["--option", "starts=somewhere"], "starts must be one of gymnasium, random_state, not 'somewhere'"),
         (["--option", "starts"], "an option of a task is NAME=VALUE, as in starts=gymnasium, not 'starts'"),
         (["--env", "kitchen", "--option", "starts=gymnasium"], "task 'kitchen' has no option starts; known are"),
-        (["--env", "kitchen"], r"the policy is of another task: its 'observation.state' has the shape \(2,\)"),
+        (
+            ["--env", "kitchen", "--policy", str(default_policy())],
+            r"the policy is of another task: its 'observation.state' has the shape \(2,\)",
+        ),
+        (["--env", "handover"], "no policy ships for the task 'handover', only for kitchen, lift, pusht, transport"),
         (["--episodes", "0"], "episodes must be at least 1, got 0"),
         (["--repeats", "0"], "repeats must be at least 1, got 0"),
         (["--n-action-steps", "99"], "n_action_steps must be from 1 to .* got 99"),
