@@ -4,7 +4,7 @@ One observation at a time, one thread unless asked otherwise, all in turns. A ch
 `reset`: history, encoder, solver, queue. Its limit is what it cannot do without, the encoder once and the bare network
 NFE times; the peer is LeRobot's `DiffusionPolicy` with a U-Net of the same size, and random weights. Processors are
 timed apart, since they are LeRobot's for both. A second table has the bare call of several rows (an evaluation's),
-and its rate beside that of a product of two large matrices, which the machine does not exceed.
+and its rate beside that of a product of two large matrices, which stands for the machine's.
 """
 
 import argparse

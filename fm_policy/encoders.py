@@ -76,10 +76,7 @@ class ImageEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Encode normalised pictures `(N, C, H, W)` as `(N, output_dim)`."""
-        images = self._frame(images)
-        if not self.training and images.device.type == "cpu":
-            images = images.contiguous(memory_format=torch.channels_last)
-        return self.pool(self.trunk(images)).flatten(1)
+        return self.pool(self.trunk(self._frame(images))).flatten(1)
 
     def train(self, mode: bool = True) -> Self:
         """See torch. On a CPU the weights of a robot's net lie channels last, which halves the time of a picture.
