@@ -1,9 +1,9 @@
 """How fast episodes are evaluated, beside LeRobot's own program: `python eval/evaluation_speed.py`.
 
-`lerobot-eval` and `eval/rollout.py`, on one policy and one task, same first seed and number of episodes, each as
-a process of its own with both cores, in turns. Seconds are by each program's own count, which leaves imports out; the
-whole process is timed beside it. LeRobot films the first ten episodes and steps every environment until the last one of
-its batch has ended; neither can be switched off.
+`lerobot-eval` and `eval/rollout.py`, on one policy and one task, same first seed and number of episodes, each as a
+process of its own with both cores, in turns. Seconds are by each program's own count, which leaves imports out; the
+whole process is timed beside it. LeRobot films the first ten episodes (or records them as a data set), and steps every
+environment until the last one of its batch has ended.
 """
 
 import argparse
@@ -87,8 +87,10 @@ def measure(args: argparse.Namespace) -> dict[str, list[Taken]]:
     """What every turn took."""
     from tqdm import tqdm
 
+    from env_configs import make_env_config
     from fm_policy.assets import default_policy
 
+    make_env_config(args.env)  # an unknown one is told before anything runs
     policy = args.policy or default_policy(args.env)
     turns: dict[str, list[Taken]] = {name: [] for name in PROGRAMS}
     for _ in tqdm(range(args.rounds), unit="round"):
@@ -102,7 +104,7 @@ def main() -> None:
     args = parse()
     try:
         taken = measure(args)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise SystemExit(f"evaluation_speed.py: {error}") from error
     print(f"{args.env}, {args.episodes} episodes: medians of {args.rounds}, and how many times as fast")
     print(f"{'':18s}{'seconds':>9s}{'process':>9s}{'success':>9s}")

@@ -34,6 +34,14 @@ def test_a_program_that_fails_is_shown_with_its_message():
         timed([sys.executable, "-c", "raise SystemExit('no such task')"])
 
 
+@pytest.mark.parametrize(
+    ("env", "message"), [("pushh", "unknown task 'pushh'; known are"), ("handover", "no policy ships for the task")]
+)
+def test_a_task_that_cannot_be_run_is_named(monkeypatch, env, message):
+    with pytest.raises(SystemExit, match=f"evaluation_speed.py: {message}"):
+        run(monkeypatch, "--env", env)
+
+
 def test_no_episodes_are_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(monkeypatch, "--episodes", 0)
