@@ -34,7 +34,7 @@ Numbers = dict[str, Any]
 
 
 class Measurement(NamedTuple):
-    """A command, without the interpreter, the file that it leaves, and what of that is kept: all, if nothing is named."""
+    """A command without the interpreter, the file that it leaves, and what is kept of that (all if not named)."""
 
     words: tuple[str, ...]
     file: str = "numbers.json"
