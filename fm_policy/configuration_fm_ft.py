@@ -107,6 +107,9 @@ class FlowMatchingConfig(WindowedConfig, PreTrainedConfig):
             towards it, `direct` or by the `gradient` of the paper, which takes a backward pass for each network call,
             or from a `warm_start`. See `fm_policy.deploy.rtc`.
         rtc_warm_start: Time in (0, 1) at which the flow of a `warm_start` starts, between noise and what is left.
+        compile_model: Compile the velocity net for a policy that acts: loading takes half a minute longer and, for a
+            CPU, a C++ compiler; there a robot's call then takes two thirds of its time, that of a batch of robots
+            more than before. `lerobot-rollout --use_torch_compile=true` sets it.
         keep_statistics: Fine-tuning on a data set with other statistics keeps the base's normalisation; False:
             such a data set is refused.
         use_ema: Keep a moving average of the weights, and use it whenever the policy is not training.
@@ -187,6 +190,7 @@ class FlowMatchingConfig(WindowedConfig, PreTrainedConfig):
 
     rtc_method: str = "direct"
     rtc_warm_start: float = 0.75
+    compile_model: bool = False
 
     keep_statistics: bool = False
     finetune_lr: float = 5e-6

@@ -65,6 +65,8 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         if config.use_ema:
             self.ema_net = copy.deepcopy(self.net).requires_grad_(False)
             self.register_buffer("ema_updates", torch.zeros((), dtype=torch.int64))
+        if config.compile_model:
+            (self.ema_net if config.use_ema else self.net).velocity.compile()
         self.net.encoder.requires_grad_(config.trains_encoder)
         self.net.velocity.requires_grad_(config.trains_flow)
         if config.stage != "pretrain" and dataset_meta is not None:
@@ -275,6 +277,7 @@ class FlowMatchingPolicy(PreTrainedPolicy):
             self._queues[ACTION].extend(chunk[:, : self.config.n_action_steps].unbind(dim=1))
         return self._queues[ACTION].popleft()
 
+    @torch.compiler.disable  # LeRobot would compile the solver with all its calls of the net: see `compile_model`
     @torch.no_grad()
     def predict_action_chunk(
         self,
@@ -359,6 +362,17 @@ class FlowMatchingPolicy(PreTrainedPolicy):
             )
 
     # ------------------------------------------------------------------ checkpoints
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self:
+        """As LeRobot's; what is to be compiled is compiled now, and not while a robot waits for its first chunk."""
+        policy = super().from_pretrained(*args, **kwargs)
+        config = policy.config
+        if config.compile_model:
+            shapes = {name: feature.shape for name, feature in (config.input_features or {}).items()}
+            still = {name: torch.zeros(1, *shape, device=config.device) for name, shape in shapes.items()}
+            policy.predict_action_chunk(still, noise=torch.zeros(1, *config.noise_shape))
+        return policy
 
     @classmethod
     def _load_as_safetensor(

@@ -39,7 +39,7 @@ LEFT_OPEN = {
     FlowMatchingConfig: {
         *("device", "pretrained_path", "pretrained_revision", "action_feature_names"),
         *("repo_id", "private", "tags", "license"),
-        *("rtc_method", "rtc_warm_start"),
+        *("rtc_method", "rtc_warm_start", "compile_model"),
     },
     EnvConfig: {"features", "features_map", "max_parallel_tasks", "disable_env_checker", "render_size"},
     DatasetConfig: {"root", "revision", "repo_type", "return_uint8", "depth_output_unit"},
