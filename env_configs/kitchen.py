@@ -8,7 +8,6 @@ a configuration that LeRobot counts exactly in batches, synchronous or asynchron
 import contextlib
 import io
 import math
-import os
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 from numpy.typing import NDArray
 
 from env_configs.batches import BatchedEnvConfig
-from env_configs.extras import not_installed
+from env_configs.extras import NoOpenGLError, not_installed
 from env_configs.kitchen_tasks import (
     ACTIONS,
     FPS,
@@ -48,7 +47,7 @@ def _simulator(**options: Any) -> gym.Env:
     except ModuleNotFoundError as error:
         raise not_installed(error, "kitchen") from error
     except (ImportError, AttributeError, RuntimeError, OSError) as error:
-        raise _no_opengl(error) from error  # MuJoCo loads what MUJOCO_GL names as soon as it is imported
+        raise NoOpenGLError(error, "kitchen") from error  # MuJoCo loads what MUJOCO_GL names as soon as it is imported
     simulator = KitchenEnv(render_mode="rgb_array", **options)
     # Without a graphics card shadows and smooth edges take 18 times as long as the rest of a picture.
     simulator.model.vis.quality.shadowsize = simulator.model.vis.quality.offsamples = 0
@@ -132,7 +131,7 @@ class Kitchen(gym.Wrapper):
         """A picture (height, width, 3), uint8.
 
         Raises:
-            RuntimeError: this machine offers no OpenGL to MuJoCo.
+            NoOpenGLError: this machine offers no OpenGL to MuJoCo.
         """
         from mujoco import FatalError
 
@@ -141,7 +140,7 @@ class Kitchen(gym.Wrapper):
                 warnings.simplefilter("ignore")  # of every way to OpenGL that was tried in vain
                 return self.env.render()
         except (FatalError, RuntimeError, ImportError, AttributeError, OSError) as error:
-            raise _no_opengl(error) from error
+            raise NoOpenGLError(error, "kitchen") from error
 
     def _observe(self, observation: dict[str, Any]) -> dict[str, NDArray[np.float64]]:
         self._joints = observation["observation"][:9]
@@ -156,14 +155,6 @@ class Kitchen(gym.Wrapper):
             **{f"p{k}": float(len(done) >= k) for k in range(1, len(TASKS) + 1)},
             **{f"done_{name}": float(name in done) for name in TASKS},
         }
-
-
-def _no_opengl(error: Exception) -> RuntimeError:
-    return RuntimeError(
-        f"MuJoCo cannot draw with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')} ({error}): only pictures need this "
-        "environment variable; set it to egl or osmesa, and see `python -m env_configs doctor kitchen` for what "
-        "these need; or unset it"
-    )
 
 
 def _spaces(layout: str, actions: str) -> tuple[gym.spaces.Dict, gym.spaces.Box]:

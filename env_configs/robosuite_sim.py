@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from env_configs.extras import not_installed
+from env_configs.extras import NoOpenGLError, not_installed
 from env_configs.robosuite_control import ControlLoop
 from env_configs.robosuite_models import Progress, Task
 from env_configs.rotations import to_six
@@ -131,7 +131,7 @@ class Simulator:
         """A view from the front (size, size, 3). Drawing changes nothing in the simulation.
 
         Raises:
-            RuntimeError: this machine offers no OpenGL to MuJoCo.
+            NoOpenGLError: this machine offers no OpenGL to MuJoCo.
         """
         import mujoco
 
@@ -145,10 +145,7 @@ class Simulator:
                 self._renderer.update_scene(data, _CAMERA, self._visible())
                 return self._renderer.render()
         except (mujoco.FatalError, RuntimeError, ImportError, AttributeError, OSError) as error:
-            raise RuntimeError(
-                f"MuJoCo cannot draw here ({error}): start with the environment variable MUJOCO_GL set to egl or "
-                "osmesa; `python -m env_configs doctor transport` says how to install what these need"
-            ) from error
+            raise NoOpenGLError(error, "transport") from error
 
     def close(self) -> None:
         """Lets the simulation go."""

@@ -70,12 +70,13 @@ def evaluate(args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse()
     # Imported late, here and above: help and wrong arguments need not wait for torch.
+    from env_configs.extras import NoOpenGLError
     from fm_policy.evaluation.ranks import companions
 
     try:
         with companions(args.processes):
             evaluate(args)
-    except (ValueError, ModuleNotFoundError, ConnectionError) as error:
+    except (ValueError, ModuleNotFoundError, NoOpenGLError, ConnectionError) as error:
         raise SystemExit(f"rollout.py: {error}") from error
 
 

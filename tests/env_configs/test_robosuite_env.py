@@ -16,6 +16,7 @@ from lerobot.envs.utils import env_to_policy_features, preprocess_observation
 from scipy.spatial.transform import Rotation
 
 from env_configs import make_env_config
+from env_configs.extras import NoOpenGLError
 from env_configs.robosuite_models import TASKS
 from env_configs.robosuite_tasks import RobosuiteTask
 from env_configs.rotations import from_six, to_rotation_vector, to_six
@@ -259,7 +260,7 @@ def test_nothing_is_drawn_unasked_and_a_picture_changes_nothing(make):
     start, told = env.reset(seed=2)
     assert env._simulator._renderer is None
     if not os.environ.get("MUJOCO_GL"):
-        with pytest.raises(RuntimeError, match="MUJOCO_GL set to egl or osmesa"):
+        with pytest.raises(NoOpenGLError, match="set it to egl or osmesa"):
             env.render()
         return
     picture = env.render()
