@@ -118,17 +118,24 @@ def machine() -> dict[str, Any]:
 
 
 def run(folder: Path, todo: dict[str, Measurement]) -> None:
-    """Measure what is not in the folder yet."""
+    """Measure what is not in the folder yet.
+
+    Raises:
+        RuntimeError: If a program fails.
+        ValueError: Before anything is measured, if the folder's files are not of this machine, or as `read`.
+    """
     from fm_policy.files import write_json
 
-    missing = {folder / f"{name}.json": measurement for name, measurement in todo.items()}
+    files = {folder / f"{name}.json": measurement for name, measurement in todo.items()}
+    missing = {file: measurement for file, measurement in files.items() if not file.exists()}
+    here = machine() if missing else {}
+    if missing and any((folder / f"{name}.json").exists() for name in LINES) and read(folder)[1] != here:
+        raise ValueError(f"the files in {folder} are of another machine than this one, {here}: choose another folder")
     for file, measurement in missing.items():
-        if file.exists():
-            continue
         print(command_of(measurement), flush=True)
         start = time.perf_counter()
         numbers = measure(measurement)
-        write_json(file, {"command": command_of(measurement), "machine": machine(), "numbers": numbers})
+        write_json(file, {"command": command_of(measurement), "machine": here, "numbers": numbers})
         print(f"{file}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
@@ -263,27 +270,28 @@ def shown(line: Line) -> str:
     return f"| {line.what} | {line.ours} | {line.beside} | {times} |"
 
 
-def insert(page: Path, text: str) -> None:
-    """Put a text between the two marks of a page.
+def around(page: Path) -> tuple[str, str]:
+    """What a page has up to its first mark, and from its second one on.
 
     Raises:
-        ValueError: If the page has not each of them once, in their order.
+        ValueError: If it has not both of them, in their order.
     """
     before, begin, rest = page.read_text(encoding="utf-8").partition(f"{BEGIN}\n")
     _, end, after = rest.partition(f"{END}\n")
     if not begin or not end:
         raise ValueError(f"{page} has no line {BEGIN} with a line {END} after it")
-    page.write_text(f"{before}{begin}\n{text}\n\n{end}{after}", encoding="utf-8")
+    return before + begin, end + after
 
 
 def main() -> None:
     args = parse()
     try:
         todo = measurements(args.pixels)
+        page = around(args.into) if args.into else None  # a wrong one is told before anything is measured
         run(args.out, {name: todo[name] for name in args.only or todo})
         text = table(*read(args.out))
-        if args.into:
-            insert(args.into, text)
+        if page:
+            args.into.write_text(f"{page[0]}\n{text}\n\n{page[1]}", encoding="utf-8")
     except (RuntimeError, ValueError, OSError) as error:
         raise SystemExit(f"speed.py: {error}") from error
     print(text)

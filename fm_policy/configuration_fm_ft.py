@@ -108,8 +108,8 @@ class FlowMatchingConfig(WindowedConfig, PreTrainedConfig):
             or from a `warm_start`. See `fm_policy.deploy.rtc`.
         rtc_warm_start: Time in (0, 1) at which the flow of a `warm_start` starts, between noise and what is left.
         compile_model: Compile the velocity net for a policy that acts: loading takes half a minute longer and, for a
-            CPU, a C++ compiler; there a robot's call then takes two thirds of its time, that of a batch of robots
-            more than before. `lerobot-rollout --use_torch_compile=true` sets it.
+            CPU, a C++ compiler; a robot's chunk then takes two thirds to three quarters of its time there.
+            `lerobot-rollout --use_torch_compile=true` sets it.
         keep_statistics: Fine-tuning on a data set with other statistics keeps the base's normalisation; False:
             such a data set is refused.
         use_ema: Keep a moving average of the weights, and use it whenever the policy is not training.

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -108,3 +109,13 @@ def test_what_is_shared_or_continued_needs_a_folder(rollout, capsys, arguments, 
     with pytest.raises(SystemExit):
         rollout(*arguments)
     assert message in capsys.readouterr().err
+
+
+def test_films_without_opengl_are_refused_in_one_line(rollout, tmp_path, monkeypatch):
+    if find_spec("gymnasium_robotics") is None:
+        pytest.skip("gymnasium-robotics is not installed: needs the extra kitchen")
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MUJOCO_GL", "glfw")
+    with pytest.raises(SystemExit, match="rollout.py: MuJoCo cannot draw with MUJOCO_GL=glfw"):
+        rollout("--env", "kitchen", "--episodes", 1, "--videos", 1, "--out", tmp_path / "out")

@@ -107,6 +107,16 @@ def test_what_cannot_be_told_is_refused(monkeypatch, tmp_path, speed, prepare, a
         run(monkeypatch, "--out", tmp_path, "--only", "import", *arguments)
 
 
+def test_nothing_is_measured_that_could_not_be_told(monkeypatch, tmp_path):
+    """Half an hour later is too late."""
+    write(tmp_path, "episodes", {}, cpu="another")
+    with pytest.raises(SystemExit, match="are of another machine than this one"):
+        run(monkeypatch, "--out", tmp_path, "--only", "import")
+    with pytest.raises(SystemExit, match="has no line <!-- speed -->"):
+        run(monkeypatch, "--out", tmp_path / "new", "--only", "import", "--into", __file__)
+    assert [file.name for file in tmp_path.iterdir()] == ["episodes.json"]
+
+
 def test_pixels_need_a_data_set(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(monkeypatch, "--out", "nowhere", "--only", "training_pixels")

@@ -36,7 +36,7 @@ def test_the_net_is_compiled_once_and_acts_as_before(tiny, graphs):
         assert compiled.nfe == calls and graphs() == 1
 
 
-def test_a_compiled_convolution_is_a_matrix_product(tiny, graphs):
+def test_a_compiled_convolution_is_a_matrix_product(tiny):
     """Torch's own for few rows are slow, compiled as well."""
     seen = []
 
@@ -46,7 +46,7 @@ def test_a_compiled_convolution_is_a_matrix_product(tiny, graphs):
 
     conv = tiny.policy().net.velocity.shrink[0]
     with torch.no_grad():
-        torch.compile.func(conv, backend=listen)(torch.randn(1, 16, 8))
+        torch.compile(conv, backend=listen)(torch.randn(1, 16, 8))
     assert torch.nn.functional.linear in seen and torch.conv1d not in seen
 
 
