@@ -71,6 +71,36 @@ def keypoints(poses: NDArray) -> NDArray[np.float64]:
     return place(CORNERS, poses).reshape(len(poses), -1)
 
 
+def mirror_points(points: NDArray) -> NDArray:
+    """Mirrors places on the board about the target's axis: (x, y) becomes (512 - y, 512 - x).
+
+    Board, target and physics are their own mirror images about that axis, and so is the T about its stem: what
+    leads to the target leads there mirrored, too.
+
+    Args:
+        points: (..., 2) in pixels.
+    """
+    return BOARD - points[..., ::-1]
+
+
+def mirror_poses(poses: NDArray) -> NDArray:
+    """Mirrors the block about the target's axis, see `mirror_points`; an angle becomes pi / 2 minus it.
+
+    Args:
+        poses: (..., 3) as x, y, angle.
+    """
+    return np.concatenate([mirror_points(poses[..., :2]), np.pi / 2 - poses[..., 2:]], axis=-1)
+
+
+def mirror_pictures(pictures: NDArray) -> NDArray:
+    """Mirrors pictures of the whole board about the target's axis, see `mirror_points`.
+
+    Args:
+        pictures: (N, H, W, C) with H = W, the first row at y = 0.
+    """
+    return np.ascontiguousarray(pictures[:, ::-1, ::-1].swapaxes(1, 2))
+
+
 def coverage(poses: NDArray) -> NDArray[np.float64]:
     """Share of the target T that the block covers.
 

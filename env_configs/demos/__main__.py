@@ -45,7 +45,13 @@ READERS = {
         "env_configs.demos.pusht_zarr",
         "Diffusion Policy's Push-T replay buffer (zarr)",
         "the zarr store: a folder or a zip",
-        {"obs": {"choices": ["state", "image"], "default": "state", "help": "8 keypoints of the T, or pixels"}},
+        {
+            "obs": {"choices": ["state", "image"], "default": "state", "help": "8 keypoints of the T, or pixels"},
+            "mirror": {
+                "action": "store_true",
+                "help": "write each demonstration twice, as recorded and mirrored about the target's axis",
+            },
+        },
     ),
     "kitchen": Reader(
         "env_configs.demos.kitchen",

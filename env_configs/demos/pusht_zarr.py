@@ -10,6 +10,7 @@ success (mean best reward 0.89); replayed in a simulator, last action included, 
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,16 @@ from numpy.typing import NDArray
 from env_configs.demos.dataset import Episode, Features, write_dataset
 from env_configs.demos.zarr_store import StoreError, find_array, open_store, read, read_ends
 from env_configs.pusht import FPS, TASK_DESCRIPTION
-from env_configs.pusht_geometry import BOARD, SUCCESS_COVERAGE, coverage, keypoints, reward
+from env_configs.pusht_geometry import (
+    BOARD,
+    SUCCESS_COVERAGE,
+    coverage,
+    keypoints,
+    mirror_pictures,
+    mirror_points,
+    mirror_poses,
+    reward,
+)
 
 if TYPE_CHECKING:
     import zarr
@@ -48,13 +58,15 @@ def features(obs: str) -> Features:
     }
 
 
-def convert(source: Path, root: Path, obs: str = "state") -> tuple[int, int]:
+def convert(source: Path, root: Path, obs: str = "state", mirror: bool = False) -> tuple[int, int]:
     """Writes all demonstrations of a store as a LeRobotDataset.
 
     Args:
         source: the store, a folder or a zip.
         root: folder to create; must not exist.
         obs: "state" (8 keypoints of the block, recomputed from its pose) or "image" (the recorded pixels).
+        mirror: write each demonstration twice: itself and then its mirror image about the target's axis, so that
+            no split of the episodes into two parts of even numbers has the one in one part and the other in another.
 
     Returns:
         Number of episodes and of frames.
@@ -72,24 +84,42 @@ def convert(source: Path, root: Path, obs: str = "state") -> tuple[int, int]:
         _check_on_board(group, "data/state", state[:, :4])
         _check_on_board(group, "data/action", action)
         pictures = find_array(group, "data/img", (len(state), *_PICTURE)) if obs == "image" else None
-        episodes = _episodes(state, action, ends, pictures)
-        return write_dataset(root, FPS, features(obs), episodes, total=len(ends))
+        demos = _demos(state, action, ends, pictures)
+        if mirror:
+            demos = (either for demo in demos for either in (demo, demo.mirrored()))
+        episodes = (demo.episode() for demo in demos)
+        return write_dataset(root, FPS, features(obs), episodes, total=len(ends) * (1 + mirror))
 
 
-def _episodes(state: NDArray, action: NDArray, ends: NDArray, pictures: "zarr.Array | None") -> Iterator[Episode]:
-    covered = coverage(state[:, 2:])
-    corners = keypoints(state[:, 2:]).astype(np.float32)
-    agent, action = state[:, :2].astype(np.float32), action.astype(np.float32)
+@dataclass(frozen=True)
+class _Demo:
+    """A demonstration as recorded: agent and action (T, 2), pose of the block (T, 3), pixels (T, 96, 96, 3) if read."""
+
+    agent: NDArray
+    pose: NDArray
+    action: NDArray
+    pixels: NDArray[np.uint8] | None
+
+    def mirrored(self) -> "_Demo":
+        pixels = None if self.pixels is None else mirror_pictures(self.pixels)
+        return _Demo(mirror_points(self.agent), mirror_poses(self.pose), mirror_points(self.action), pixels)
+
+    def episode(self) -> Episode:
+        seen = (
+            {"observation.environment_state": keypoints(self.pose).astype(np.float32)}
+            if self.pixels is None
+            else {"observation.image": self.pixels}
+        )
+        moved = {"observation.state": self.agent.astype(np.float32), "action": self.action.astype(np.float32)}
+        return Episode(moved | seen | _outcome(coverage(self.pose)), TASK_DESCRIPTION)
+
+
+def _demos(state: NDArray, action: NDArray, ends: NDArray, pictures: "zarr.Array | None") -> Iterator[_Demo]:
     start = 0
     for end in ends.tolist():
         rows = slice(start, end)
-        seen = (
-            {"observation.environment_state": corners[rows]}
-            if pictures is None
-            else {"observation.image": _pixels(pictures, start, end)}
-        )
-        moved = {"observation.state": agent[rows], "action": action[rows]}
-        yield Episode(moved | seen | _outcome(covered[rows]), TASK_DESCRIPTION)
+        pixels = None if pictures is None else _pixels(pictures, start, end)
+        yield _Demo(state[rows, :2], state[rows, 2:], action[rows], pixels)
         start = end
 
 

@@ -76,6 +76,27 @@ def test_a_converted_episode_replays(converted):
     assert max(error.max() for error in errors) < 0.1
 
 
+def test_mirrored_demonstrations_come_beside_their_own_and_replay(few, make_store, converted, tmp_path):
+    """They obey the simulator as the recorded ones do."""
+    pytest.importorskip("gym_pusht", reason="needs the extra pusht")
+    source = make_store({name: few[name] for name in few if name != "data/img"})
+    assert main(["pusht", "--source", str(source), "--root", str(tmp_path / "set"), "--mirror"]) == 0
+    table, recorded = columns(LeRobotDataset("local/set", root=tmp_path / "set")), columns(converted)
+    for name in recorded.keys() - {"index", "episode_index"}:
+        np.testing.assert_array_equal(table[name][table["episode_index"] % 2 == 0], recorded[name])
+    mirrored = {name: table[name][table["episode_index"] % 2 == 1] for name in table}
+    np.testing.assert_array_equal(mirrored["action"], 512 - recorded["action"][:, ::-1])
+    np.testing.assert_array_equal(mirrored["observation.state"], 512 - recorded["observation.state"][:, ::-1])
+    np.testing.assert_allclose(mirrored["next.reward"], recorded["next.reward"], atol=1e-6)
+    seen = np.concatenate([mirrored["observation.state"], mirrored["observation.environment_state"]], axis=1)
+    errors = []
+    for number in np.unique(mirrored["episode_index"]):
+        rows = mirrored["episode_index"] == number
+        errors.append(np.abs(replay(seen[rows], mirrored["action"][rows]) - seen[rows]).max(axis=1))
+    assert np.median(np.concatenate(errors)) < 1e-4
+    assert max(error.max() for error in errors) < 0.1
+
+
 def replay(recorded: np.ndarray, actions: np.ndarray) -> np.ndarray:
     """States (T, 2 + 16) that the actions lead to from the first recorded one."""
     left, right = recorded[0, 2:4].astype(float), recorded[0, 4:6].astype(float)
@@ -98,6 +119,16 @@ def test_pictures_are_kept_without_loss(few, make_store, tmp_path):
     for frame in (0, 50, len(dataset) - 1):
         pixels = (dataset[frame]["observation.image"] * 255).round().byte().permute(1, 2, 0)
         np.testing.assert_array_equal(pixels.numpy(), shortened["data/img"][frame])
+
+
+def test_mirrored_pictures_are_the_recorded_ones_mirrored(few, make_store, tmp_path):
+    shortened = cut(few, episodes=2)
+    convert(make_store(shortened), tmp_path / "set", "image", mirror=True)
+    dataset, first = LeRobotDataset("local/set", root=tmp_path / "set"), shortened["meta/episode_ends"][0]
+    mirrored = (dataset[int(first) + 7]["observation.image"] * 255).round().byte().permute(1, 2, 0).numpy()
+    recorded = shortened["data/img"][7]
+    for row, column in ((0, 0), (10, 70), (48, 20), (95, 3)):
+        np.testing.assert_array_equal(mirrored[row, column], recorded[95 - column, 95 - row])
 
 
 def cut(arrays: Arrays, episodes: int) -> Arrays:
