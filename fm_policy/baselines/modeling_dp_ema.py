@@ -100,3 +100,11 @@ class DiffusionEmaPolicy(DiffusionPolicy):
         self.ema_updates += 1
         decay = ema_decay(int(self.ema_updates), self.config.ema_power, self.config.ema_max_decay)
         ema_update(self.ema_diffusion, self._modules["diffusion"], decay)
+
+    def ema_only(self) -> "DiffusionEmaPolicy":
+        """A copy whose weights are the averaged ones, and whose average begins anew with them."""
+        policy = DiffusionEmaPolicy(self.config)
+        for net in (policy._modules["diffusion"], policy.ema_diffusion):
+            net.load_state_dict(self.ema_diffusion.state_dict())
+        policy.training_steps.copy_(self.training_steps)
+        return policy.eval()

@@ -1,4 +1,4 @@
-"""A training run on disk: the checkpoints that LeRobot's trainer saved, and a chosen one on its own."""
+"""A training run on disk: the checkpoints that LeRobot's trainer saved."""
 
 import json
 from dataclasses import dataclass
@@ -12,8 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fm_policy.evaluation.checkpoint import FILES, load_checkpoint
-from fm_policy.files import new_folder
+from fm_policy.evaluation.checkpoint import FILES
 from fm_policy.modeling_fm_ft import FlowMatchingPolicy
 
 
@@ -53,31 +52,6 @@ def open_run(folder: Path) -> SavedRun:
         raise ValueError("\n  ".join([f"{folder} holds no usable checkpoint:", *map(": ".join, skipped.items())]))
     _check_same_data(whole)
     return SavedRun(whole, skipped, _train_config(list(whole.values())[-1]))
-
-
-def check_free(folder: Path) -> None:
-    """Refuse a folder that holds something, or a file.
-
-    Raises:
-        ValueError: If it does.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is not an empty folder: choose another one")
-
-
-def export(checkpoint: Path, folder: Path, device: str = "cpu") -> None:
-    """Write a checkpoint's policy with its averaged weights alone, and its processors, whole or not at all.
-
-    Args:
-        checkpoint: Folder of the policy.
-        folder: Where to; absent or empty.
-        device: Where the written policy runs unless told otherwise.
-    """
-    check_free(folder)
-    loaded = load_checkpoint(checkpoint, device)
-    with new_folder(folder) as draft:
-        for part in (loaded.policy.ema_only(), loaded.preprocessor, loaded.postprocessor):
-            part.save_pretrained(draft)
 
 
 def _check_type(folder: Path) -> None:

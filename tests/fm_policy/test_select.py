@@ -14,12 +14,12 @@ from lerobot.datasets import LeRobotDataset
 from safetensors.torch import load_file, save_file
 
 from fm_policy import cli, window_store
+from fm_policy.average import export
 from fm_policy.evaluation.checkpoint import load_checkpoint
 from fm_policy.modeling_fm_ft import FlowMatchingPolicy
 from fm_policy.processor_fm_ft import make_fm_ft_pre_post_processors
 from fm_policy.select.__main__ import main
 from fm_policy.select.choice import choose
-from fm_policy.select.saved_run import export
 
 SHAPES = {"observation.state": 2, "observation.environment_state": 16, "action": 2}
 LENGTHS = (9, 12, 7, 11, 10, 8, 20, 3, 14, 6, 10, 17)

@@ -1,0 +1,75 @@
+"""The average of a checkpoint as a checkpoint of its own, by the program that users call."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fm_policy.average import main
+from fm_policy.baselines.configuration_dp_ema import DiffusionEmaConfig
+from fm_policy.baselines.modeling_dp_ema import DiffusionEmaPolicy
+from fm_policy.baselines.processor_dp_ema import make_dp_ema_pre_post_processors
+from fm_policy.evaluation.checkpoint import load_any_checkpoint
+from fm_policy.processor_fm_ft import make_fm_ft_pre_post_processors
+
+SMALL = {"down_dims": (16, 32), "n_groups": 4, "diffusion_step_embed_dim": 16, "num_train_timesteps": 4}
+
+
+@pytest.fixture(params=["fm_ft", "dp_ema"])
+def checkpoint(request, tiny, tmp_path):
+    """A policy whose average lies off its weights, saved with its processors; a batch that it takes."""
+    torch.manual_seed(0)
+    policy = tiny.policy(use_ema=True)
+    make = make_fm_ft_pre_post_processors
+    if request.param == "dp_ema":
+        features = {name: getattr(policy.config, name) for name in ("input_features", "output_features")}
+        policy = DiffusionEmaPolicy(DiffusionEmaConfig(**features, device="cpu", n_obs_steps=1, **SMALL))
+        make = make_dp_ema_pre_post_processors
+    with torch.no_grad():
+        for name, weight in policy.named_parameters():
+            weight += 0.1 * name.startswith("ema_")
+    folder = tmp_path / "checkpoint"
+    for part in (policy, *make(policy.config)):
+        part.save_pretrained(folder)
+    return folder
+
+
+def chunk(folder, tiny) -> torch.Tensor:
+    policy = load_any_checkpoint(folder).policy
+    noise = torch.randn(4, *policy.config.noise_shape, generator=torch.Generator().manual_seed(1))
+    windows = tiny.windows(policy.config)
+    return policy.predict_action_chunk({name: windows[name] for name in policy.config.input_features}, noise)
+
+
+def test_the_average_acts_as_before_and_is_trained_on_from_there(checkpoint, tiny, tmp_path, capsys):
+    main([str(checkpoint), "--out", str(tmp_path / "average")])
+    assert f"{tmp_path / 'average'}: {checkpoint} with its averaged weights alone" in capsys.readouterr().out
+    torch.testing.assert_close(chunk(tmp_path / "average", tiny), chunk(checkpoint, tiny), rtol=0, atol=0)
+    policy = load_any_checkpoint(tmp_path / "average").policy
+    live = "diffusion." if policy.name == "dp_ema" else "net."
+    averaged, written = load_file(checkpoint / "model.safetensors"), policy.state_dict()
+    names = [name for name in averaged if name.startswith(live)]
+    assert names
+    assert all(torch.equal(written[name], averaged[f"ema_{name}"]) for name in names)
+    assert int(getattr(policy, "ema_updates", 0)) == 0
+
+
+def test_half_the_bytes_hold_nearly_the_same(checkpoint, tiny, tmp_path):
+    for name, flags in {"whole": [], "half": ["--half"]}.items():
+        main([str(checkpoint), "--out", str(tmp_path / name), *flags])
+    whole, half = (tmp_path / name / "model.safetensors" for name in ("whole", "half"))
+    assert half.stat().st_size < 0.6 * whole.stat().st_size
+    torch.testing.assert_close(chunk(half.parent, tiny), chunk(checkpoint, tiny), rtol=0, atol=0.02)
+
+
+def test_what_cannot_be_written_is_refused_and_leaves_nothing(checkpoint, tmp_path):
+    with pytest.raises(SystemExit, match="average: no checkpoint: .*absent is no folder"):
+        main([str(tmp_path / "absent"), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="checkpoint is not an empty folder"):
+        main([str(checkpoint), "--out", str(checkpoint)])
+    policy = load_any_checkpoint(checkpoint).policy
+    with torch.no_grad():
+        next(p for name, p in policy.named_parameters() if name.startswith("ema_"))[:] = 1e5
+    policy.save_pretrained(checkpoint)
+    with pytest.raises(SystemExit, match=r"the weight .* has values up to 100000, too large for float16"):
+        main([str(checkpoint), "--out", str(tmp_path / "out"), "--half"])
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
