@@ -8,6 +8,7 @@ Data contract
 """
 
 import copy
+import logging
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from lerobot.utils.constants import ACTION
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fm_policy import contract, held_out, model_card, stages, window_store
+from fm_policy import contract, held_out, model_card, normalization, stages, window_store
 from fm_policy.configuration_fm_ft import FlowMatchingConfig
 from fm_policy.deploy import rtc
 from fm_policy.ema import ema_decay, ema_update
@@ -71,19 +72,31 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         self.net.velocity.requires_grad_(config.trains_flow)
         if config.stage != "pretrain" and dataset_meta is not None:
             self._keep_base()
+        if dataset_meta is not None:
+            self._prepare_data(dataset_meta)
         if config.variance != "scalar":
             self._add_variance()
         self.register_buffer("training_steps", torch.zeros((), dtype=torch.int64))  # see `of_step`
         self.nfe = config.nfe or 0
-        if config.window_store and dataset_meta is not None:
-            window_store.attach(window_store.open_store(dataset_meta, config.observation_window, config.action_window))
         self._held_out = held_out.HeldOutMeans()
         self._gradients: StepGradients | None = None
         self.reset()
 
+    def _prepare_data(self, meta: Any) -> None:
+        """See to what LeRobot's trainer will make of the data set: its windows and its normalisation."""
+        config = self.config
+        if config.window_store:
+            window_store.attach(window_store.of_policy(meta, config, config.input_features or {}))
+        if constant := normalization.widen_constants(config, getattr(meta, "stats", None) or {}):
+            logging.warning(f"The same in all of the data, so that nothing is learned from it: {', '.join(constant)}")
+
     def _keep_base(self) -> None:
-        if self.config.nfe is None:
-            raise ValueError(f"fine-tuning goes through a fixed grid, which solver={self.config.solver!r} has not")
+        config = self.config
+        if config.nfe is None:
+            raise ValueError(f"fine-tuning goes through a fixed grid, which solver={config.solver!r} has not")
+        from_scratch = config.pretrained_path is None and hasattr(config, "_runtime_dataset_meta")  # LeRobot's trainer
+        if from_scratch and config.coupling in stages.TAUGHT:
+            raise ValueError(f"coupling={config.coupling!r} learns from a trained policy: --policy.path=DIR names it")
         self.base_net = copy.deepcopy(self.net).requires_grad_(False)
         self.base_net.head = None
 
@@ -386,7 +399,7 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         """
         folder = Path(model_file).parent
         new_stage = stages.starts_new_stage(model.config, folder)
-        stages.keep_statistics(model.config, folder)
+        normalization.keep_statistics(model.config, folder)
         try:
             with safe_open(model_file, framework="pt", device=str(map_location)) as file:
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

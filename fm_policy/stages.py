@@ -6,10 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from lerobot.configs import NormalizationMode, PreTrainedConfig
-from lerobot.processor import NormalizerProcessorStep, PolicyProcessorPipeline
+from lerobot.configs import PreTrainedConfig, parser
 from torch import Tensor
 
 from fm_policy.configuration_fm_ft import FlowMatchingConfig
@@ -29,21 +26,28 @@ INHERITED = (
     *("time_embed_dim", "transformer_dim", "transformer_layers", "transformer_heads"),
 )
 
-STATISTICS = {
-    NormalizationMode.MIN_MAX: ("min", "max"),
-    NormalizationMode.MEAN_STD: ("mean", "std"),
-    NormalizationMode.QUANTILES: ("q01", "q99"),
-    NormalizationMode.QUANTILE10: ("q10", "q90"),
-    NormalizationMode.IDENTITY: (),
-}
+
+# Couplings that learn from the base.
+TAUGHT = ("reflow", "inverse")
+
+
+def is_new_run() -> bool:
+    """Whether this process is a training that starts from another one's checkpoint, and no resumed one.
+
+    LeRobot tells neither the policy nor its configuration; it decides by the command line itself, as here.
+    """
+    return parser.get_path_arg("policy") is not None
 
 
 def starts_new_stage(config: FlowMatchingConfig, folder: Path) -> bool:
     """Whether a policy of this configuration starts a new stage from the checkpoint, instead of going on with its own.
 
+    Fine-tuning that starts from a fine-tuned policy is a new stage, too: its base is that policy and no longer its
+    base's.
+
     Raises:
-        ValueError: If the checkpoint cannot be its base: another kind of policy, another shape, a later stage, or a
-            training that has not come to its end.
+        ValueError: If the checkpoint cannot be its base: another kind of policy, another shape, a later stage, a
+            training that has not come to its end, or a teacher on another grid than its own.
     """
     base = PreTrainedConfig.from_pretrained(folder)
     if not isinstance(base, FlowMatchingConfig):
@@ -53,11 +57,27 @@ def starts_new_stage(config: FlowMatchingConfig, folder: Path) -> bool:
             f"{folder} is of stage {base.stage!r}: stage {config.stage!r} goes on from {list(BASES[config.stage])}"
         )
     _mention_other_grid(config, base)
-    if base.stage == config.stage:
+    further = base.stage != config.stage
+    if further or is_new_run():
+        _check_inherited(config, base, folder)
+    if not (further or (is_new_run() and config.stage == "finetune")):
         return False
-    _check_inherited(config, base, folder)
     _check_finished(folder)
+    _check_teacher(config, base, folder)
     return True
+
+
+def _check_teacher(config: FlowMatchingConfig, base: FlowMatchingConfig, folder: Path) -> None:
+    """Refuse to learn from a tuned policy on a grid that it was not tuned through: there it is another, worse one."""
+    if base.stage == "pretrain" or config.coupling != "reflow":
+        return
+    solver, steps = base.solver, base.num_solver_steps
+    if (solver, steps) != ("euler", config.reflow_steps):
+        advice = f": --policy.reflow_steps={steps}" if solver == "euler" else ", which reflow, by Euler's steps, cannot"
+        raise ValueError(
+            f"coupling='reflow' would learn from {folder} by {config.reflow_steps} steps of euler, but that policy "
+            f"was fine-tuned through {steps} of {solver}{advice}"
+        )
 
 
 def _check_inherited(config: FlowMatchingConfig, base: FlowMatchingConfig, folder: Path) -> None:
@@ -85,7 +105,7 @@ def _check_finished(folder: Path) -> None:
     if step < steps:
         raise ValueError(
             f"{folder} is half-trained: step {step} of {steps}. Resume that training; or, where an earlier checkpoint "
-            f"is the better one, choose it: python -m fm_policy.select {folder.parents[2]} --out DIR"
+            f"is the better one, choose it: python -m fm_policy.select {folder.absolute().parents[2]} --out DIR"
         )
 
 
@@ -142,54 +162,3 @@ def check_weights(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor],
     if problems:
         shown = "\n  ".join(sorted(problems)[:20])
         raise ValueError(f"{file} does not fit its configuration, {len(problems)} weights differ:\n  {shown}")
-
-
-def keep_statistics(config: FlowMatchingConfig, folder: Path) -> None:
-    """See that a later stage normalises as its base did: LeRobot would take the data set's statistics, without a word.
-
-    Where `config.keep_statistics` is set, the base's statistics take the place of the data set's, in the description
-    of the data set that LeRobot's trainer hands in and makes its processors of.
-
-    Raises:
-        ValueError: If they differ and are not to be kept, naming both.
-    """
-    meta = getattr(config, "_runtime_dataset_meta", None)
-    if meta is None or config.stage == "pretrain":
-        return
-    stored = _stored_statistics(str(config.pretrained_path or folder))
-    differing = _differing_statistics(config, stored, meta.stats)
-    if differing and not config.keep_statistics:
-        lines = [f"{what}: {there} there, {here} here" for what, (there, here) in differing.items()]
-        raise ValueError(
-            f"the data set in {meta.root} has other statistics than {folder}, whose weights belong to its own:\n  "
-            + "\n  ".join(lines)
-            + "\nTake that policy's data set, or keep its normalisation by --policy.keep_statistics=true"
-        )
-    for what in differing:
-        name, statistic = what.rsplit(" ", 1)
-        meta.stats[name] = {**meta.stats[name], statistic: np.asarray(stored[name][statistic])}
-        logging.info(f"Normalisation: {what} stays that of {folder}")
-
-
-def _stored_statistics(source: str) -> Mapping[str, Mapping[str, Any]]:
-    from fm_policy import processor_fm_ft  # noqa: F401  (registers the steps)
-
-    pipeline = PolicyProcessorPipeline.from_pretrained(
-        source, config_filename="policy_preprocessor.json", overrides={"device_processor": {"device": "cpu"}}
-    )
-    normalizer = next(step for step in pipeline.steps if isinstance(step, NormalizerProcessorStep))
-    return normalizer.stats or {}
-
-
-def _differing_statistics(
-    config: FlowMatchingConfig, stored: Mapping[str, Mapping[str, Any]], given: Mapping[str, Mapping[str, Any]]
-) -> dict[str, tuple[list, list]]:
-    """`"<feature> <statistic>"` to the base's value and the data set's, where they differ."""
-    differing = {}
-    for name, feature in {**(config.input_features or {}), **(config.output_features or {})}.items():
-        for statistic in STATISTICS[config.normalization_mapping[feature.type.value]]:
-            there = torch.as_tensor(stored[name][statistic]).double()
-            here = torch.as_tensor(given[name][statistic]).double().reshape(there.shape)
-            if not torch.allclose(here, there, rtol=1e-4, atol=1e-6):
-                differing[f"{name} {statistic}"] = there.flatten().tolist(), here.flatten().tolist()
-    return differing

@@ -7,12 +7,12 @@ Equal, element by element, to LeRobot's own windows, and checked against its fra
 """
 
 import hashlib
-import json
 import logging
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +26,12 @@ from lerobot.utils.constants import ACTION, HF_LEROBOT_HOME, OBS_PREFIX
 from torch import Tensor
 from tqdm import tqdm
 
+from fm_policy.windows import WindowedConfig
+
 if TYPE_CHECKING:
     from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 
-FORMAT = 1
+FORMAT = 2
 FRAMES_PER_READ = 4096
 
 
@@ -72,19 +74,41 @@ class WindowStore:
         return self.frames(key, inside), torch.from_numpy(wanted != inside)
 
 
+def of_policy(meta: "LeRobotDatasetMetadata", config: WindowedConfig, features: Iterable[str]) -> WindowStore:
+    """The store of what a policy sees, and of the actions, see `open_store`.
+
+    Where the policy knows a feature by another name than the data set (LeRobot's rename_map), of all observations.
+    """
+    seen = [*features, ACTION]
+    known = all(key in meta.features for key in seen)
+    return open_store(meta, config.observation_window, config.action_window, seen if known else None)
+
+
 def open_store(
-    meta: "LeRobotDatasetMetadata", observation_window: Sequence[int], action_window: Sequence[int]
+    meta: "LeRobotDatasetMetadata",
+    observation_window: Sequence[int],
+    action_window: Sequence[int],
+    keys: Sequence[str] | None = None,
 ) -> WindowStore:
-    """Open the store of a data set, building it first if there is none that matches its fingerprint.
+    """Open the store of a data set, building first what it lacks.
 
     Several processes may call this at once: one builds, the others wait. Stores live below LeRobot's home.
+
+    Args:
+        meta: Of the data set.
+        observation_window: Steps of the observations, relative to the present.
+        action_window: Steps of the actions.
+        keys: Features to hold; all observations and the action if not given.
+
+    Raises:
+        ValueError: The disk has no room for it, or it is damaged.
     """
-    keys = [key for key in meta.features if key == ACTION or key.startswith(OBS_PREFIX)]
+    keys = keys or [key for key in meta.features if key == ACTION or key.startswith(OBS_PREFIX)]
     folder = Path(HF_LEROBOT_HOME) / "fm_ft" / "windows" / fingerprint(Path(meta.root))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
-        if not folder.is_dir():
-            build(meta, keys, folder)
+        if lacking := [key for key in keys if not (folder / f"{key}.npy").is_file()]:
+            build(meta, lacking, folder)
     windows = {key: action_window if key == ACTION else observation_window for key in keys}
     ends = np.asarray(meta.episodes["dataset_to_index"])
     try:
@@ -104,48 +128,70 @@ def fingerprint(root: Path) -> str:
 
 
 def build(meta: "LeRobotDatasetMetadata", keys: Sequence[str], folder: Path) -> None:
-    """Write the arrays of a data set to `folder`, which appears only when it is complete."""
+    """Write arrays of a data set to `folder`, where each appears only when it is complete."""
     # Imported here because it takes seconds, and a robot that loads the processors never builds a store.
     from lerobot.datasets import LeRobotDataset
 
-    logging.info(f"Building the window store of {meta.repo_id} in {folder}")
+    _check_room(meta, keys, folder)
     dataset = LeRobotDataset(meta.repo_id, root=meta.root, revision=meta.revision, return_uint8=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-    try:
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as partial:
+        _write_arrays(dataset, keys, Path(partial))
+        folder.mkdir(exist_ok=True)
         for key in keys:
-            _write_array(dataset, key, partial / f"{key}.npy")
-        (partial / "store.json").write_text(json.dumps({"repo_id": meta.repo_id, "keys": list(keys)}))
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            os.replace(Path(partial, f"{key}.npy"), folder / f"{key}.npy")
 
 
-def _write_array(dataset: "LeRobotDataset", key: str, path: Path) -> None:
-    array: np.memmap | None = None
-    with tqdm(total=len(dataset), desc=f"Window store: {key}", unit="frame") as progress:
-        for start, frames in _read(dataset, key):
-            if array is None:
-                shape = (len(dataset), *frames.shape[1:])
-                array = np.lib.format.open_memmap(path, mode="w+", dtype=frames.dtype, shape=shape)
-            array[start : start + len(frames)] = frames
+def _check_room(meta: "LeRobotDatasetMetadata", keys: Sequence[str], folder: Path) -> None:
+    sizes = {
+        key: np.dtype(np.uint8 if key in meta.camera_keys else meta.features[key]["dtype"]).itemsize for key in keys
+    }
+    needed = sum(meta.total_frames * math.prod(meta.features[key]["shape"]) * size for key, size in sizes.items())
+    free = shutil.disk_usage(folder.parent).free
+    if needed > free:
+        raise ValueError(
+            f"the window store of {meta.repo_id} needs {needed / 1e9:.1f} GB in {folder.parent}, which has "
+            f"{free / 1e9:.1f}: set HF_LEROBOT_HOME to a larger disk, or train without it, --policy.window_store=false"
+        )
+    logging.info(f"Building the window store of {meta.repo_id}, {needed / 1e6:.0f} MB in {folder}")
+
+
+def _write_arrays(dataset: "LeRobotDataset", keys: Sequence[str], folder: Path) -> None:
+    arrays: dict[str, np.memmap] = {}
+    passes = len({key in dataset.meta.camera_keys for key in keys})
+    with tqdm(total=passes * len(dataset), desc="Window store", unit="frame") as progress:
+        for start, pieces in _pieces(dataset, keys):
+            for key, frames in pieces.items():
+                if key not in arrays:
+                    shape, path = (len(dataset), *frames.shape[1:]), folder / f"{key}.npy"
+                    arrays[key] = np.lib.format.open_memmap(path, mode="w+", dtype=frames.dtype, shape=shape)
+                arrays[key][start : start + len(frames)] = frames
             progress.update(len(frames))
-    if array is None:
-        raise ValueError(f"the data set {dataset.repo_id} holds no frames of '{key}'")
-    array.flush()
+    if not arrays:
+        raise ValueError(f"the data set {dataset.repo_id} holds no frames")
+    for array in arrays.values():
+        array.flush()
 
 
-def _read(dataset: "LeRobotDataset", key: str) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield a feature in pieces, `(first index, frames)`: numbers as they are, images as uint8, channels first."""
-    if key in dataset.meta.camera_keys:
-        for index in range(len(dataset)):
-            image = dataset[index][key]
-            pixels = image if image.dtype == torch.uint8 else (image * 255).round().to(torch.uint8)
-            yield index, pixels.numpy()[None]
-        return
-    column = dataset.hf_dataset.select_columns(key)
-    for start in range(0, len(dataset), FRAMES_PER_READ):
-        rows = column[start : start + FRAMES_PER_READ][key]
-        yield start, torch.stack(list(rows)).numpy()
+def _pieces(dataset: "LeRobotDataset", keys: Sequence[str]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """Yield features in pieces, `(first index, frames)`: numbers as they are, images as uint8, channels first."""
+    cameras = [key for key in keys if key in dataset.meta.camera_keys]
+    numbers = [key for key in keys if key not in cameras]
+    table = dataset.hf_dataset.select_columns(numbers)
+    for start in range(0, len(dataset) if numbers else 0, FRAMES_PER_READ):
+        rows = table[start : start + FRAMES_PER_READ]
+        # A feature of shape (1,) comes as scalars.
+        yield start, {key: torch.stack(list(rows[key])).numpy().reshape(-1, *_shape(dataset, key)) for key in numbers}
+    for index in range(len(dataset) if cameras else 0):
+        frame = dataset[index]  # decodes all cameras
+        yield index, {key: _pixels(frame[key]).numpy()[None] for key in cameras}
+
+
+def _shape(dataset: "LeRobotDataset", key: str) -> tuple[int, ...]:
+    return tuple(dataset.meta.features[key]["shape"])
+
+
+def _pixels(image: Tensor) -> Tensor:
+    return image if image.dtype == torch.uint8 else (image * 255).round().to(torch.uint8)
 
 
 _store: WindowStore | None = None
@@ -165,8 +211,8 @@ def attach(store: WindowStore) -> None:
 class WindowStoreStep(ProcessorStep):
     """Turns a training batch of single frames into windows; every other batch passes untouched.
 
-    A batch of single frames is one with an action `(B, action_dim)` and an `index`, as LeRobot's loader makes it
-    when it is asked for no windows.
+    A batch of single frames is one with an action and an `index`, but no mask of the actions' padding, as LeRobot's
+    loader makes it when it is asked for no windows.
     """
 
     def __call__(self, transition: EnvTransition) -> EnvTransition:
@@ -177,7 +223,7 @@ class WindowStoreStep(ProcessorStep):
         """
         extras = transition.get(TransitionKey.COMPLEMENTARY_DATA) or {}
         action = transition.get(TransitionKey.ACTION)
-        if "index" not in extras or action is None or action.ndim != 2:
+        if "index" not in extras or action is None or f"{ACTION}_is_pad" in extras:
             return transition
         if _store is None:
             raise ValueError(
@@ -206,8 +252,11 @@ class WindowStoreStep(ProcessorStep):
 def _check_frames(store: WindowStore, key: str, index: np.ndarray, loaded: Tensor | None) -> None:
     """Compare what LeRobot loaded with what the store holds for the same frames."""
     stored = store.frames(key, index)
+    if loaded is not None and loaded.ndim == stored.ndim - 1:  # LeRobot drops the axis of a feature of shape (1,)
+        loaded = loaded.unsqueeze(-1)
     if loaded is None or not torch.equal(loaded.to(stored.device, stored.dtype), stored):
         raise ValueError(
             f"'{key}' of the loaded frames differs from the window store's: the store belongs to another data set, "
-            "or dataset.image_transforms is on, which needs policy.window_store=false"
+            "or its videos are decoded by another library (dataset.video_backend; the store takes LeRobot's default), "
+            "or dataset.image_transforms is on; the last two need policy.window_store=false"
         )

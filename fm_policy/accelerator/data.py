@@ -80,7 +80,7 @@ def pack(root: Path) -> Demonstrations:
     missing = [name for name in (IMAGE, *NUMBERS) if name not in meta.features]
     if missing:
         raise ValueError(f"{root} lacks {', '.join(missing)}: it must be recorded with pixels, --obs image")
-    store = window_store.open_store(meta, [0], [0])
+    store = window_store.open_store(meta, [0], [0], [IMAGE, *NUMBERS])
     numbers = {name: torch.from_numpy(store.arrays[name].copy()) for name in NUMBERS}
     kept = {name: {kind: np.ravel(meta.stats[name][kind]).tolist() for kind in ("min", "max")} for name in NUMBERS}
     return Demonstrations(torch.from_numpy(store.arrays[IMAGE].copy()), numbers, torch.from_numpy(store.ends), kept)

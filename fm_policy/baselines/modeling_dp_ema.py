@@ -76,7 +76,7 @@ class DiffusionEmaPolicy(DiffusionPolicy):
         self.register_buffer("training_steps", torch.zeros((), dtype=torch.int64))  # see `of_step`
         self.nfe = config.nfe
         if config.window_store and dataset_meta is not None:
-            window_store.attach(window_store.open_store(dataset_meta, config.observation_window, config.action_window))
+            window_store.attach(window_store.of_policy(dataset_meta, config, config.input_features or {}))
 
     def __getattr__(self, name: str) -> Any:
         """The net that LeRobot's methods know as `diffusion`: in evaluation mode the average."""

@@ -52,8 +52,7 @@ class HeldOutWindows:
         assert isinstance(policy, FlowMatchingConfig)  # the run's checkpoints are of this type
         self._dataset, self._batch_size = _held_out(config), config.batch_size
         if policy.window_store:  # LeRobot then loads single frames, and the preprocessor takes their windows from here
-            meta = self._dataset.meta
-            window_store.attach(window_store.open_store(meta, policy.observation_window, policy.action_window))
+            window_store.attach(window_store.of_policy(self._dataset.meta, policy, policy.input_features or {}))
         frames = len(self._dataset)
         self.rows = np.linspace(0, frames - 1, min(samples, frames)).round().astype(int)
         shape = (draws, len(self.rows), policy.horizon, policy.action_feature.shape[0])

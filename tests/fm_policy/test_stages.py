@@ -244,7 +244,8 @@ class TestStatistics:
             name: {end: np.full(shape, value, dtype=np.float32) for end, value in ends.items()}
             for name, shape in shapes.items()
         }
-        return SimpleNamespace(features=features, stats=stats, root="data/board", repo_id="local/board")
+        counts = {"total_episodes": 1, "total_frames": 1}
+        return SimpleNamespace(features=features, stats=stats, root="data/board", repo_id="local/board", **counts)
 
     def base(self, tiny, folder):
         policy = tiny.policy()
@@ -288,8 +289,79 @@ class TestStatistics:
         batch = preprocessor({**{name: torch.ones(1, *ft.shape) for name, ft in policy.config.input_features.items()}})
         assert torch.allclose(batch["observation.state"], torch.zeros(1, 2))  # 1 is the middle of [0, 2]
 
-    def test_pre_training_goes_by_its_data(self, tiny, tmp_path):
+    def test_pre_training_that_goes_on_keeps_its_own_too(self, tiny, tmp_path):
         folder = self.base(tiny, tmp_path)
         data = self.data(tiny.config(), largest=5.0)
-        self.make(folder, data, stage="pretrain")
-        assert (data.stats["action"]["max"] == 5.0).all()
+        with pytest.raises(ValueError, match="data/board has other statistics than"):
+            self.make(folder, data, stage="pretrain")
+        self.make(folder, data, stage="pretrain", keep_statistics=True)
+        assert (data.stats["action"]["max"] == 2.0).all()
+
+    def test_what_never_changed_gets_a_range_and_stays_where_it_was(self, tiny, tmp_path, caplog):
+        """A joint that stood at .3 in all of the data, and is at .301 on the robot."""
+        data = self.data(tiny.config())
+        stood = {"min": [0.3, 0.0], "max": [0.3, 2.0]}
+        data.stats["observation.state"] |= {end: np.array(v, dtype=np.float32) for end, v in stood.items()}
+        with caplog.at_level(logging.WARNING):
+            policy = make_policy(tiny.config(), ds_meta=data)
+        assert "nothing is learned from it: observation.state[0]" in caplog.text
+        preprocessor, _ = make_fm_ft_pre_post_processors(policy.config, data.stats)
+
+        def normalised(joint: float) -> float:
+            seen = {"observation.state": torch.tensor([joint, 1.0]), "observation.environment_state": torch.ones(5)}
+            return preprocessor(seen)["observation.state"][0, 0].item()
+
+        assert normalised(0.3) == -1.0
+        assert normalised(0.301) == pytest.approx(-0.999, abs=1e-6)
+        # A checkpoint from before such ranges, whose weights know the joint at -1, belongs to the same data.
+        old = self.data(policy.config)
+        old.stats["observation.state"] |= {end: np.array(v, dtype=np.float32) for end, v in stood.items()}
+        for processor in make_fm_ft_pre_post_processors(policy.config, old.stats):
+            processor.save_pretrained(tmp_path)
+        saved(policy, tmp_path)
+        assert self.make(tmp_path, data).base_net is not None
+
+
+class TestNewRunOfTheSameStage:
+    """`--policy.path=TUNED stage=finetune`, as against a resumed training."""
+
+    @pytest.fixture(autouse=True)
+    def named(self, monkeypatch, tmp_path):
+        monkeypatch.setattr("sys.argv", ["lerobot-train", f"--policy.path={tmp_path}"])
+
+    def test_the_tuned_policy_is_the_base_of_further_tuning(self, tiny, tmp_path):
+        tuned = trained(tiny.finetuning())
+        policy = load(saved(tuned, tmp_path), coupling="nearest")
+        for net in (policy.net, policy.ema_net, policy.base_net):
+            assert equal(net, tuned.ema_net)
+        assert policy.training_steps == policy.ema_updates == 0
+
+    def test_it_must_have_come_to_its_end_and_have_the_same_shape(self, tiny, tmp_path):
+        saved(tiny.finetuning(), tmp_path)
+        with pytest.raises(ValueError, match="(?s)keeps the shape of its base .*horizon: 16 there, 32 asked for"):
+            load(tmp_path, horizon=32)
+        half = TestBasesThatAreRefused.checkpoint(tiny, tmp_path / "run", 10, 20)
+        saved(tiny.finetuning(), half)
+        with pytest.raises(ValueError, match="half-trained: step 10 of 20"):
+            load(half)
+
+    def test_it_teaches_on_its_own_grid_alone(self, tiny, tmp_path):
+        saved(tiny.finetuning(num_solver_steps=2), tmp_path)
+        with pytest.raises(ValueError, match="by 16 steps of euler, .* through 2 of euler: --policy.reflow_steps=2"):
+            load(tmp_path, coupling="reflow", num_solver_steps=1)
+        assert load(tmp_path, coupling="reflow", num_solver_steps=1, reflow_steps=2).config.nfe == 1
+        saved(tiny.finetuning(solver="heun", num_solver_steps=2), tmp_path)
+        with pytest.raises(ValueError, match="fine-tuned through 2 of heun, which reflow, by Euler's steps, cannot"):
+            load(tmp_path, coupling="reflow", solver="euler", num_solver_steps=1, reflow_steps=2)
+
+    def test_pre_training_goes_on_with_its_weights_and_their_average(self, tiny, tmp_path):
+        base = trained(tiny.policy())
+        policy = load(saved(base, tmp_path))
+        assert equal(policy.net, base.net)
+        assert equal(policy.ema_net, base.ema_net)
+
+
+def test_a_teacher_is_asked_for_where_a_training_starts_from_scratch(tiny):
+    data = TestStatistics().data(tiny.config())
+    with pytest.raises(ValueError, match="coupling='reflow' learns from a trained policy: --policy.path=DIR"):
+        make_policy(tiny.config(stage="finetune", coupling="reflow"), ds_meta=data)

@@ -3,6 +3,7 @@
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from lerobot.datasets import LeRobotDataset
 from lerobot.processor.converters import batch_to_transition, transition_to_batch
 
 from fm_policy import window_store
-from fm_policy.window_store import WindowStoreStep, fingerprint, open_store
+from fm_policy.window_store import WindowStoreStep, fingerprint, of_policy, open_store
 
 OBSERVED, ACTED = [-1, 0], list(range(-1, 15))
 LENGTHS = (20, 3, 12)
@@ -85,11 +86,56 @@ def test_windows_equal_lerobots_index_by_index(root, episodes):
         ours, theirs = run_step(batch), transition_to_batch(batch_to_transition(expected))
         assert ours.keys() == theirs.keys()
         for key, value in theirs.items():
+            if key == "observation.gripper":  # of shape (1,), an axis that LeRobot drops
+                value = value.unsqueeze(-1)
             same = torch.equal(ours[key], value) if isinstance(value, torch.Tensor) else ours[key] == value
             assert same, key
             assert not isinstance(value, torch.Tensor) or ours[key].dtype == value.dtype
         padded += int(ours["action_is_pad"].sum())
     assert padded > 0
+
+
+def test_a_policy_gets_what_it_sees_and_the_store_grows_by_what_another_one_sees(root, home):
+    meta, windows = (
+        LeRobotDataset("local/small", root=root).meta,
+        SimpleNamespace(observation_window=OBSERVED, action_window=ACTED),
+    )
+    seen = of_policy(meta, windows, ["observation.gripper"])
+
+    def held() -> list[str]:
+        return sorted(path.stem for path in home.glob("*/*.npy"))
+
+    assert set(seen.windows) == {"observation.gripper", "action"}
+    assert held() == ["action", "observation.gripper"]
+    of_policy(meta, windows, ["observation.state"])
+    assert held() == ["action", "observation.gripper", "observation.state"]
+    renamed = of_policy(meta, windows, ["observation.images.front"])
+    assert {"observation.image", "observation.state"} < set(renamed.windows)
+
+
+def test_a_full_disk_is_told_before_anything_is_written(root, home, monkeypatch):
+    monkeypatch.setattr(window_store.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(ValueError, match=r"local/small needs 0\.0 GB in .*, which has 0\.0: set HF_LEROBOT_HOME"):
+        open_store(LeRobotDataset("local/small", root=root).meta, OBSERVED, ACTED)
+    assert not [path for path in home.iterdir() if path.is_dir()]
+
+
+def test_actions_of_one_number_become_windows(tmp_path):
+    """LeRobot hands them out as `(B,)`, and windows of them as `(B, T)`."""
+    features = {name: {"dtype": "float32", "shape": (1,), "names": None} for name in ("observation.state", "action")}
+    dataset = LeRobotDataset.create("local/one", fps=FPS, features=features, root=tmp_path / "one", use_videos=False)
+    for step in range(6):
+        dataset.add_frame({name: np.float32([step]) for name in features} | {"task": "test"})
+    dataset.save_episode()
+    dataset.finalize()
+    dataset = LeRobotDataset("local/one", root=tmp_path / "one")
+    window_store.attach(open_store(dataset.meta, OBSERVED, ACTED))
+    ours = run_step(batches(dataset)[0])
+    assert ours["action"].shape == (6, len(ACTED), 1)
+    assert ours["observation.state"].shape == (6, len(OBSERVED), 1)
+    inside = ~ours["action_is_pad"]
+    wanted = torch.arange(6)[:, None] + torch.tensor(ACTED)
+    assert torch.equal(ours["action"][..., 0][inside], wanted[inside].float())
 
 
 def test_is_built_once_and_leaves_nothing_half_written(root, home, monkeypatch):
@@ -107,7 +153,7 @@ def test_an_interrupted_build_leaves_no_store(root, home, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(window_store, "_write_array", fail)
+        patch.setattr(window_store, "_write_arrays", fail)
         with pytest.raises(KeyboardInterrupt):
             open_store(meta, OBSERVED, ACTED)
     assert not [path for path in home.iterdir() if path.is_dir()]

@@ -1,0 +1,106 @@
+"""The statistics that a training normalises by: its base's, and of what never changed ones that can be divided by."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lerobot.configs import NormalizationMode
+from lerobot.processor import NormalizerProcessorStep, PolicyProcessorPipeline
+
+from fm_policy.configuration_fm_ft import FlowMatchingConfig
+
+# A range below it, in units of the number or of 1, is rounding.
+TINY = 1e-6
+
+Statistics = Mapping[str, Mapping[str, Any]]
+
+STATISTICS = {
+    NormalizationMode.MIN_MAX: ("min", "max"),
+    NormalizationMode.MEAN_STD: ("mean", "std"),
+    NormalizationMode.QUANTILES: ("q01", "q99"),
+    NormalizationMode.QUANTILE10: ("q10", "q90"),
+    NormalizationMode.IDENTITY: (),
+}
+
+
+def widen_constants(config: FlowMatchingConfig, stats: dict[str, dict[str, Any]]) -> list[str]:
+    """Give every observed number that is the same in all of the data a range, in place.
+
+    LeRobot divides by the range, or by 1e-8 where there is none: a joint that stood at .3 throughout and is at .301
+    on the robot would become 200 000. The number itself is still normalised to what it was, -1 or 0.
+
+    Args:
+        config: Of the policy, with its features.
+        stats: Of the data set, feature -> statistic -> values; LeRobot makes the processors of it.
+
+    Returns:
+        The numbers, as `"observation.state[3]"`.
+    """
+    constant = []
+    for name, feature in (config.input_features or {}).items():
+        ends = STATISTICS[config.normalization_mapping[feature.type.value]]
+        if name not in stats or not ends:
+            continue
+        low, high = (np.asarray(stats[name][end], dtype=np.float64) for end in ends)
+        room = np.maximum(1.0, abs(low))
+        width, wide = (high, room) if ends == ("mean", "std") else (high - low, low + 2 * room)
+        flat = width < TINY * room
+        if flat.any():
+            stats[name] = {**stats[name], ends[1]: np.where(flat, wide, high).astype(np.float32)}
+            constant += [f"{name}[{i}]" for i in np.flatnonzero(flat)]
+    return constant
+
+
+def keep_statistics(config: FlowMatchingConfig, folder: Path) -> None:
+    """See that a training normalises as its base did: LeRobot would take the data set's statistics, without a word.
+
+    Where `config.keep_statistics` is set, the base's statistics take the place of the data set's, in the description
+    of the data set that LeRobot's trainer hands in and makes its processors of.
+
+    Raises:
+        ValueError: If they differ and are not to be kept, naming both.
+    """
+    meta = getattr(config, "_runtime_dataset_meta", None)
+    if meta is None:
+        return
+    stored = _stored_statistics(str(config.pretrained_path or folder))
+    widen_constants(config, stored)
+    differing = _differing_statistics(config, stored, meta.stats)
+    if differing and not config.keep_statistics:
+        lines = [f"{what}: {there} there, {here} here" for what, (there, here) in differing.items()]
+        raise ValueError(
+            f"the data set in {meta.root} has other statistics than {folder}, whose weights belong to its own:\n  "
+            + "\n  ".join(lines)
+            + "\nTake that policy's data set, or keep its normalisation by --policy.keep_statistics=true"
+        )
+    for what in differing:
+        name, statistic = what.rsplit(" ", 1)
+        meta.stats[name] = {**meta.stats[name], statistic: np.asarray(stored[name][statistic])}
+        logging.info(f"Normalisation: {what} stays that of {folder}")
+
+
+def _stored_statistics(source: str) -> dict[str, dict[str, Any]]:
+    from fm_policy import processor_fm_ft  # noqa: F401  (registers the steps)
+
+    pipeline = PolicyProcessorPipeline.from_pretrained(
+        source, config_filename="policy_preprocessor.json", overrides={"device_processor": {"device": "cpu"}}
+    )
+    normalizer = next(step for step in pipeline.steps if isinstance(step, NormalizerProcessorStep))
+    return {name: dict(values) for name, values in (normalizer.stats or {}).items()}
+
+
+def _differing_statistics(
+    config: FlowMatchingConfig, stored: Statistics, given: Statistics
+) -> dict[str, tuple[list, list]]:
+    """`"<feature> <statistic>"` to the base's value and the data set's, where they differ."""
+    differing = {}
+    for name, feature in {**(config.input_features or {}), **(config.output_features or {})}.items():
+        for statistic in STATISTICS[config.normalization_mapping[feature.type.value]]:
+            there = torch.as_tensor(stored[name][statistic]).double()
+            here = torch.as_tensor(given[name][statistic]).double().reshape(there.shape)
+            if not torch.allclose(here, there, rtol=1e-4, atol=1e-6):
+                differing[f"{name} {statistic}"] = there.flatten().tolist(), here.flatten().tolist()
+    return differing
