@@ -5,11 +5,11 @@ import json
 import os
 import shlex
 from collections.abc import Collection, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 from fm_policy import recipes
 from fm_policy.cli_usage import UsageError, value_of
+from fm_policy.sources import source_fingerprint
 
 # Where the folder FM_DATA keeps the human demonstrations of each task.
 HUMAN_DEMOS = {
@@ -72,7 +72,7 @@ def _shipped_demos(env: str) -> tuple[Path, str]:
 def _convert_once(source: Path, key: recipes.RecipeKey) -> Path:
     """Return the LeRobotDataset made from `source`, converted unless this very file was converted before.
 
-    The folder's name carries the fingerprint of the file and of this package's version, and the converter
+    The folder's name carries the fingerprint of the file and of the code that converts it, and the converter
     writes it whole or not at all, so that a folder that exists is the right one. Of several runs that start
     together one converts and the others wait.
     """
@@ -102,7 +102,7 @@ def _convert(source: Path, root: Path, key: recipes.RecipeKey) -> None:
 def _fingerprint(source: Path) -> str:
     with source.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
-    digest.update(version("lerobot_policy_fm_ft").encode())
+    digest.update(source_fingerprint(["env_configs"]).encode())
     return digest.hexdigest()[:12]
 
 

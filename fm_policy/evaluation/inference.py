@@ -85,6 +85,10 @@ def _check_task(config: PreTrainedConfig, env_config: EnvConfig) -> None:
                 f"the policy is of another task: its '{name}' has the shape {tuple(spec.shape)}, "
                 f"that of {env_config.type} {tuple(task[name])}"
             )
+    # Of equal shape, and of another meaning: joint targets and velocities of Kitchen.
+    learned, asked = getattr(config, "action_feature_names", None), getattr(env_config, "action_names", None)
+    if learned and asked and list(learned) != list(asked):
+        raise ValueError(f"the policy's actions are {list(learned)}, those of this {env_config.type} {list(asked)}")
 
 
 def _row_block(policy: ChunkPolicy, batch_size: int) -> int | None:

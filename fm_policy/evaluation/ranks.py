@@ -25,10 +25,17 @@ PATIENCE = timedelta(days=30)
 
 
 class Rank(NamedTuple):
-    """Which of the processes that share an evaluation this one is."""
+    """Which of the processes that share an evaluation this one is.
+
+    Attributes:
+        number: From 0 on.
+        processes: How many there are.
+        group: Of torch.distributed, whose processes wait with patience; the default one waits as long as for a start.
+    """
 
     number: int = 0
     processes: int = 1
+    group: dist.ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
@@ -48,7 +55,7 @@ class Rank(NamedTuple):
         if self.processes == 1:
             return
         try:
-            dist.monitored_barrier(timeout=PATIENCE)
+            dist.monitored_barrier(self.group, timeout=PATIENCE)
         except RuntimeError as error:
             raise ConnectionError(
                 f"another of the {self.processes} processes ended early ({error}); its rows are kept, to be resumed"
@@ -65,7 +72,7 @@ def join() -> Rank:
         return ALONE
     if not dist.is_initialized():
         dist.init_process_group("gloo", timeout=MEETING)
-    return Rank(dist.get_rank(), count)
+    return Rank(dist.get_rank(), count, dist.new_group(timeout=PATIENCE))
 
 
 @contextmanager

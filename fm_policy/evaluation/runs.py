@@ -6,10 +6,12 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from lerobot.envs.configs import EnvConfig
 from tqdm import tqdm
 
@@ -23,6 +25,7 @@ from fm_policy.evaluation.report import chunk_times, summarise
 from fm_policy.evaluation.rollouts import BATCH_SIZE, run_episodes
 from fm_policy.evaluation.videos import Camera
 from fm_policy.files import write_json
+from fm_policy.sources import source_fingerprint
 
 # Settings that the oldest records lack, and what held then.
 ADDED_SETTINGS: dict[str, Any] = {"observation_noise": 0.0}
@@ -100,9 +103,35 @@ def evaluate_into(
         The summary, as written.
 
     Raises:
-        ValueError: If the folder is not empty and not to be continued, or holds another evaluation.
+        ValueError: If the folder is not empty and not to be continued, holds another evaluation, or is being written
+            to by one.
     """
     start = time.perf_counter()
+    with _alone_in(folder) if rank.first else nullcontext():
+        return _evaluate_into(folder, checkpoint, env_config, run, resume, seconds or {}, rank, start)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep other evaluations out of a folder, whose rows two of them would write twice."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
+            yield
+    except Timeout as error:
+        raise ValueError(f"another evaluation is writing to {folder} at this moment: wait for it") from error
+
+
+def _evaluate_into(
+    folder: Path,
+    checkpoint: Checkpoint[ChunkPolicy],
+    env_config: EnvConfig,
+    run: Run,
+    resume: bool,
+    seconds: dict[str, float],
+    rank: Rank,
+    start: float,
+) -> dict[str, Any]:
     sampler = ChunkSampler(
         checkpoint.policy,
         checkpoint.preprocessor,
@@ -135,7 +164,7 @@ def evaluate_into(
             **settings,
             **_provenance(checkpoint),
             "processes": rank.processes,
-            "seconds": {**(seconds or {}), "evaluation": round(time.perf_counter() - start, 2)},
+            "seconds": {**seconds, "evaluation": round(time.perf_counter() - start, 2)},
             "episodes_run_now": len(rows_now) - len(done),
         }
         write_json(folder / "summary.json", summary)
@@ -167,6 +196,7 @@ def _settings(
 def _provenance(checkpoint: Checkpoint[ChunkPolicy]) -> dict[str, Any]:
     return {
         "policy": {"path": str(checkpoint.path), "fingerprint": checkpoint.fingerprint},
+        "code": source_fingerprint(("fm_policy", "env_configs")),
         "command": shlex.join(["python", *sys.argv]),
         "hardware": describe_hardware(next(checkpoint.policy.parameters()).device),
     }
@@ -185,7 +215,7 @@ def _run_share(
 
 
 def _claim(folder: Path, settings: dict[str, Any], resume: bool) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     present = sorted(path.name for path in folder.iterdir())
     record = folder / "run.json"
     if not present:

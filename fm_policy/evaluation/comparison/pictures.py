@@ -50,9 +50,8 @@ def success_by_calls(cells: Sequence[Cell]) -> str:
     axes = figure.subplots()
     for number, series in enumerate(dict.fromkeys(cell.row.series for cell in cells)):
         own = [cell for cell in cells if cell.row.series == series]
-        calls = [cell.summary["nfe"] + cell.summary["head_nfe"] for cell in own]
-        if len(set(calls)) < len(calls):  # checkpoints of a run: the last one stands for it
-            own, calls = own[-1:], calls[-1:]
+        by_calls = {cell.summary["nfe"] + cell.summary["head_nfe"]: cell for cell in own}
+        calls, own = [*by_calls], [*by_calls.values()]  # of several checkpoints of a run the last one stands for it
         order = np.argsort(calls)
         beside = 1.03**number  # so that intervals at equal calls do not hide one another
         _errorbar(axes, [beside * calls[i] for i in order], [own[i] for i in order], label=series)

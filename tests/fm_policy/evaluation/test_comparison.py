@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -234,6 +235,26 @@ def test_the_page_needs_no_other_file_and_shows_every_picture(told, filled):
     assert page.count('src="') == page.count('src="data:image/svg+xml;base64,')
     assert "href=" not in page and page.count('<tr class="base">') == 1
     assert all(cell.summary["policy"]["fingerprint"] in page for cell in cells)
+
+
+def test_every_number_of_calls_of_a_method_is_drawn(filled, monkeypatch):
+    """Of several checkpoints of a run the last one, at each of its numbers of calls."""
+    _, _, cells = filled
+    base = cells[0]
+    points = [(100, 2), (200, 2), (100, 4), (200, 4)]
+    run = [
+        replace(base, row=replace(base.row, series="FT", step=step), summary=base.summary | {"nfe": nfe})
+        for step, nfe in points
+    ]
+    drawn = []
+
+    def errorbar(axes, x, own, label):
+        drawn.append((label, x, [cell.row.step for cell in own]))
+        axes.plot(x, x, label=label)
+
+    monkeypatch.setattr(pictures, "_errorbar", errorbar)
+    pictures.success_by_calls(run)
+    assert drawn == [("FT", [2, 4], [200, 200])]
 
 
 def test_a_run_is_drawn_over_its_steps(checkpoint, make_task, tmp_path):

@@ -1,6 +1,8 @@
 """Several processes that share an evaluation; here they are threads, so that nothing is imported twice."""
 
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from threading import Barrier
@@ -88,6 +90,30 @@ def test_another_evaluation_is_not_continued_and_nothing_is_lost(together, alone
     with pytest.raises(ValueError, match="holds another evaluation:\\n  seed: 1000 there, 7 now"):
         evaluate_into(tmp_path, checkpoint, short_pusht, replace(RUN, seed=7), resume=True)
     assert [episode.key for episode in join_parts(tmp_path / "episodes.jsonl")].count(EpisodeKey(1000, 0)) == 1
+
+
+LATE = """
+import sys, time
+from datetime import timedelta
+from fm_policy.evaluation import ranks
+ranks.MEETING = timedelta(seconds=4)
+rank = ranks.join()
+time.sleep(8 * (rank.number == int(sys.argv[1])))
+rank.wait()
+print("together")
+"""
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_processes_wait_longer_for_one_another_than_for_the_start(late):
+    """In processes of their own: it is torch's waiting that is in question."""
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ranks._free_port())}
+    command = [sys.executable, "-c", LATE, str(late)]
+    started = [
+        subprocess.Popen(command, env=os.environ | meeting | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    assert [process.communicate(timeout=120)[0] for process in started] == ["together\n"] * 2
 
 
 def test_a_process_that_was_started_alone_is_alone(monkeypatch):

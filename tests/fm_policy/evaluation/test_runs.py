@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from env_configs import make_env_config
 from fm_policy.evaluation.episodes import read_episodes
@@ -10,6 +11,7 @@ from fm_policy.evaluation.report import as_text, chunk_times, summarise
 from fm_policy.evaluation.rollouts import evaluate
 from fm_policy.evaluation.runs import Run, evaluate_into
 from fm_policy.evaluation.statistics import mean_interval, table, wilson_interval
+from fm_policy.sources import source_fingerprint
 
 RUN = Run(seed=1000, episodes=5, repeats=2, batch_size=4, packages=("gym-pusht", "pymunk"))
 
@@ -128,6 +130,16 @@ def test_resuming_in_an_empty_folder_starts(checkpoint, short_pusht, tmp_path):
 def test_a_full_folder_is_refused_unless_it_is_to_be_continued(finished, checkpoint, short_pusht):
     with pytest.raises(ValueError, match="is not empty"):
         evaluate_into(finished[0], checkpoint, short_pusht, RUN)
+
+
+def test_two_evaluations_do_not_write_to_one_folder(checkpoint, short_pusht, tmp_path):
+    """Nor do two tables that share a cell; what the first one writes is whole."""
+    folder, few = tmp_path / "cell", replace(RUN, episodes=1, repeats=1)
+    with FileLock(tmp_path / ".cell.lock"), pytest.raises(ValueError, match="another evaluation is writing to .*cell"):
+        evaluate_into(folder, checkpoint, short_pusht, few, resume=True)
+    assert not folder.exists()
+    summary = evaluate_into(folder, checkpoint, short_pusht, few, resume=True)
+    assert summary["code"] == source_fingerprint(["fm_policy", "env_configs"])
 
 
 def test_a_foreign_folder_is_not_continued(checkpoint, short_pusht, tmp_path):
