@@ -221,6 +221,11 @@ class FmKitchenEnv(BatchedEnvConfig):
         }
 
     @property
+    def action_names(self) -> list[str]:
+        """What the numbers of an action are."""
+        return ACTIONS[self.actions]
+
+    @property
     def gym_id(self) -> str:
         """Identifier in gymnasium's registry."""
         return self.GYM_ID

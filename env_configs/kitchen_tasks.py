@@ -45,7 +45,7 @@ JOINT_LIMITS = np.array(
 LAYOUTS = {"relay": (9, 51), "d4rl": (18, 41)}
 """Name -> length of the robot's part and of the kitchen's part of an observation; see `observe`."""
 
-ACTIONS = ("joint_targets", "velocity")
+ACTIONS = {"joint_targets": JOINTS, "velocity": [f"{joint}_velocity" for joint in JOINTS]}
 """What an action can be; see `FmKitchenEnv`."""
 
 

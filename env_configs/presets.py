@@ -59,4 +59,7 @@ def make_env_config(name: str, **overrides: Any) -> EnvConfig:
     unknown = sorted(set(overrides) - set(known))
     if unknown:
         raise ValueError(f"task {name!r} has no option {', '.join(unknown)}; known are {', '.join(known)}")
-    return config(**settings | overrides)
+    try:
+        return config(**settings | overrides)
+    except TypeError as error:
+        raise ValueError(f"task {name!r} has an option of the wrong kind in {overrides}: {error}") from error

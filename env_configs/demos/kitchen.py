@@ -32,14 +32,14 @@ from env_configs.kitchen_tasks import (
 )
 
 
-def features(layout: str) -> Features:
-    """The columns of a data set in a layout."""
+def features(layout: str, actions: str) -> Features:
+    """The columns of a data set in a layout, with actions of a kind."""
     agent, kitchen = LAYOUTS[layout]
     moving = [f"{joint}_velocity" for joint in JOINTS] if layout == "d4rl" else []
     return {
         "observation.state": {"dtype": "float32", "shape": (agent,), "names": [*JOINTS, *moving]},
         "observation.environment_state": {"dtype": "float32", "shape": (kitchen,), "names": None},
-        "action": {"dtype": "float32", "shape": (9,), "names": JOINTS},
+        "action": {"dtype": "float32", "shape": (9,), "names": ACTIONS[actions]},
         "next.reward": {"dtype": "float32", "shape": (1,), "names": None},
         "next.done": {"dtype": "bool", "shape": (1,), "names": None},
         "next.success": {"dtype": "bool", "shape": (1,), "names": None},
@@ -63,14 +63,14 @@ def convert(source: Path, root: Path, layout: str = "relay", actions: str = "joi
             shape, or has no velocities for "d4rl".
         FileExistsError: `root` exists.
     """
-    for name, value, known in (("layout", layout, tuple(LAYOUTS)), ("actions", actions, ACTIONS)):
+    for name, value, known in (("layout", layout, tuple(LAYOUTS)), ("actions", actions, tuple(ACTIONS))):
         if value not in known:
             raise ValueError(f"{name} must be one of {known}, not {value!r}")
     found = recordings(source)
     if layout == "d4rl" and any(recording.velocities is None for recording in found):
         raise StoreError(f"{source} holds no velocities, which the layout d4rl needs: choose the layout relay")
     episodes = (_episode(recording, layout, actions) for recording in found)
-    return write_dataset(root, FPS, features(layout), episodes, total=len(found))
+    return write_dataset(root, FPS, features(layout, actions), episodes, total=len(found))
 
 
 def joint_targets(positions: NDArray, velocity: NDArray) -> NDArray:

@@ -125,16 +125,23 @@ def _read_relay(folder: Path) -> list[Recording]:
     seen = _load(folder / _RELAY[0], (None, None, 60))
     actions = _load(folder / _RELAY[1], (*seen.shape[:2], 9))
     mask = _load(folder / _RELAY[2], seen.shape[:2], kinds="fiub").astype(bool)
-    if not _is_time(mask):
+    time_first, time_second = _is_time(mask), _is_time(mask.T)
+    if not (time_first or time_second):
+        raise StoreError(f"{folder / _RELAY[2]}: an episode must begin with its first frame and have no gap")
+    # Of one episode, or of several that are equally long, the mask fits both ways: then the joints tell.
+    if not time_first or (time_second and _change(np.swapaxes(seen, 0, 1)) < _change(seen)):
         seen, actions, mask = (np.swapaxes(array, 0, 1) for array in (seen, actions, mask))
-        if not _is_time(mask):
-            raise StoreError(f"{folder / _RELAY[2]}: an episode must begin with its first frame and have no gap")
     return [_recording(seen[:end, i], actions[:end, i]) for i, end in enumerate(mask.sum(axis=0))]
 
 
 def _is_time(mask: NDArray[np.bool_]) -> bool:
     """Whether each column of the mask is true from its beginning on, until the episode ends."""
     return len(mask) > 0 and bool(mask[0].all() and (mask[1:] <= mask[:-1]).all())
+
+
+def _change(seen: NDArray) -> float:
+    """How far the joints go from one entry of the first axis to the next, in the mean; infinite for one entry."""
+    return float(np.abs(np.diff(seen[..., :9], axis=0)).mean()) if len(seen) > 1 else np.inf
 
 
 def _load(path: Path, shape: Shape, kinds: str = "fiu") -> NDArray:

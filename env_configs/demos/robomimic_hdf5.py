@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 _SAME_PLACE = 1e-3
 """Farthest that a recorded gripper may be from where the installed simulator has it, m."""
 
+_FACING = ("default", "opposed", "single-arm-opposed")
+"""Names of the tasks' own placing of the arms, in robosuite 1.4 and 1.5; a file's states do not hold it."""
+
 _ARM = ("x", "y", "z", "qx", "qy", "qz", "qw", "finger1", "finger2")
 _COMMANDS = {
     "absolute": ("x", "y", "z", *(f"r{number}" for number in range(6)), "gripper"),
@@ -154,9 +157,11 @@ def _check_settings(data: "h5py.Group", task: Task) -> None:
     """Refuses recordings of another task, robot or controller."""
     name, settings = _settings(data)
     controller = _controller(settings.get("controller_configs") or {})
+    robots = settings.get("robots")
     found = {
         "env_name": name,
-        "robots": settings.get("robots"),
+        "robots": [robots] if isinstance(robots, str) else robots,
+        "env_configuration": settings.get("env_configuration") or "default",
         "control_freq": settings.get("control_freq", FPS),
         "controller": controller.get("type"),
         "control_delta": controller.get("control_delta", controller.get("input_type", "delta") == "delta"),
@@ -165,17 +170,21 @@ def _check_settings(data: "h5py.Group", task: Task) -> None:
     expected = {
         "env_name": task.name,
         "robots": ["Panda"] * task.arms,
+        "env_configuration": "default",
         "control_freq": FPS,
         "controller": "OSC_POSE",
         "control_delta": True,
         "input_ref_frame": "world",
     }
     for setting, value in found.items():
-        if value != expected[setting]:
+        if value != expected[setting] and not (setting == "env_configuration" and value in _FACING):
             raise StoreError(
                 f"{data.file.filename} was recorded with {setting} {value!r}, expected {expected[setting]!r} for "
-                f"{task.name}"
+                f"{task.name}{_ADVICE.get(setting, '')}"
             )
+
+
+_ADVICE = {"input_ref_frame": "; robosuite 1.5 takes 'base' unless the controller's configuration says 'world'"}
 
 
 def _settings(data: "h5py.Group") -> tuple[Any, dict[str, Any]]:

@@ -55,7 +55,9 @@ def recording_of(task: str, options: Mapping[str, str]) -> Recording:
         from env_configs.demos.kitchen import features as kitchen_features
         from env_configs.kitchen_tasks import FPS as KITCHEN_FPS
 
-        return Recording(task, EXPERTS[task], options, KITCHEN_FPS, kitchen_features(options["layout"]))
+        return Recording(
+            task, EXPERTS[task], options, KITCHEN_FPS, kitchen_features(options["layout"], options["actions"])
+        )
     from env_configs.demos.robomimic_hdf5 import features
     from env_configs.robosuite_models import TASKS
     from env_configs.robosuite_sim import FPS

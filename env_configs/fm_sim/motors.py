@@ -61,7 +61,11 @@ def _features(task: str) -> dict[str, dict]:
 
     if task == "pusht":
         return pusht_zarr.features("state")
-    return kitchen.features("relay") if task == "kitchen" else robomimic_hdf5.features(TASKS[task], "absolute")
+    return (
+        kitchen.features("relay", "joint_targets")
+        if task == "kitchen"
+        else robomimic_hdf5.features(TASKS[task], "absolute")
+    )
 
 
 def make_env(task: str, camera: bool) -> gym.Env:

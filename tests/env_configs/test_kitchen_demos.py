@@ -133,6 +133,32 @@ def test_every_form_holds_the_same_recordings(form, few, tmp_path):
         assert len(demo.positions) == end - start + (form == "minari")
 
 
+@pytest.mark.parametrize("by_time", [True, False])
+@pytest.mark.parametrize("episodes", [1, 3])
+def test_recordings_of_equal_length_are_not_turned_about(by_time, episodes, few, tmp_path):
+    """The mask fits both ways then."""
+    starts, length = [start for start, _ in spans(few)][:episodes], min(LENGTHS)
+    arrays = {
+        "observations_seq": np.stack([relay(few["seen"])[start : start + length] for start in starts]),
+        "actions_seq": np.stack([few["actions"][start : start + length] for start in starts]),
+        "existence_mask": np.ones((episodes, length)),
+    }
+    for name, values in arrays.items():
+        np.save(tmp_path / f"{name}.npy", np.swapaxes(values, 0, 1) if by_time else values)
+    found = recordings(tmp_path)
+    assert [len(demo.actions) for demo in found] == [length] * episodes
+    np.testing.assert_array_equal(found[-1].actions, few["actions"][starts[-1] : starts[-1] + length])
+
+
+def test_velocities_and_joint_targets_are_told_apart_by_their_names(few, tmp_path):
+    names = {}
+    for actions in ("velocity", "joint_targets"):
+        convert(as_zarr(tmp_path, few), tmp_path / actions, actions=actions)
+        names[actions] = LeRobotDataset("local/set", root=tmp_path / actions).meta.features["action"]["names"]
+        assert names[actions] == FmKitchenEnv(actions=actions).action_names
+    assert names["velocity"][0] == "joint1_velocity" and names["joint_targets"][0] == "joint1"
+
+
 def columns(root: Path) -> Arrays:
     table = LeRobotDataset("local/set", root=root).hf_dataset.with_format("numpy")
     return {name: np.asarray(table[:][name]) for name in table.column_names}

@@ -154,7 +154,8 @@ def settings(**changed: object) -> Edit:
         told = json.loads(file["data"].attrs["env_args"])
         controller = told["env_kwargs"]["controller_configs"]
         for name, value in changed.items():
-            (told if name == "env_name" else controller if name in controller else told["env_kwargs"])[name] = value
+            of_controller = name in controller or name == "input_ref_frame"
+            (told if name == "env_name" else controller if of_controller else told["env_kwargs"])[name] = value
         file["data"].attrs["env_args"] = json.dumps(told)
 
     return edit
@@ -200,6 +201,11 @@ WRONG: dict[str, tuple[Edit, str]] = {
     "another rate": (settings(control_freq=10), "control_freq 10, expected 20"),
     "another controller": (settings(type="JOINT_POSITION"), "controller 'JOINT_POSITION', expected 'OSC_POSE'"),
     "absolute already": (settings(control_delta=False), "control_delta False, expected True"),
+    "arms side by side": (settings(env_configuration="parallel"), "env_configuration 'parallel', expected 'default'"),
+    "another frame": (
+        settings(input_ref_frame="base"),
+        "'base', expected 'world' for Lift; robosuite 1.5 takes",
+    ),
     "no settings": (forget, "no text attribute 'env_info'"),
     "no demonstrations": (unlist, "no demonstrations 'data/demo_0'"),
     "linked": (link, "links are not followed"),
@@ -224,6 +230,15 @@ def test_foreign_files_are_refused_by_name(wrong, few, tmp_path):
         convert(source, tmp_path / "set", "lift", "delta")
     assert source.name in str(refusal.value)
     assert list(tmp_path.iterdir()) == [source]
+
+
+def test_one_robot_may_be_told_as_a_word(few, tmp_path):
+    """As robosuite's own program for recording does."""
+    source = tmp_path / "word.hdf5"
+    source.write_bytes(few.read_bytes())
+    with h5py.File(source, "a") as file:
+        settings(robots="Panda")(file)
+    assert convert(source, tmp_path / "set", "lift", "delta", mask="train") == (1, 44)
 
 
 def test_a_cut_file_is_refused(few, tmp_path, capsys):

@@ -78,6 +78,7 @@ def wait_for_rows(path, count: int, process: subprocess.Popen, seconds: float = 
         (["--env", "pushh"], "unknown task 'pushh'; known are pusht, pusht_a, pusht_b"),
         (["--option", "starts=somewhere"], "starts must be one of gymnasium, random_state, not 'somewhere'"),
         (["--option", "starts"], "an option of a task is NAME=VALUE, as in starts=gymnasium, not 'starts'"),
+        (["--option", "episode_length=long"], "task 'pusht_b' has an option of the wrong kind in .*'long'"),
         (["--env", "kitchen", "--option", "starts=gymnasium"], "task 'kitchen' has no option starts; known are"),
         (
             ["--env", "kitchen", "--policy", str(default_policy())],
