@@ -30,7 +30,7 @@ def base_features(key: recipes.RecipeKey, flags: Sequence[str]) -> Collection[st
 
 
 def _check_is_hub_id(path: str) -> None:
-    if path.count("/") > 1 or path.startswith((".", "/", "~")):
+    if path.count("/") > 1 or path.startswith((".", "/", "~")) or (Path(path).parent.is_dir() and "/" in path):
         raise UsageError(f"there is no folder {path}, which --policy.path names")
 
 

@@ -29,8 +29,10 @@ import lerobot_policy_fm_ft  # registers the type
 from fm_policy.modeling_fm_ft import FlowMatchingPolicy
 from lerobot.policies.factory import make_pre_post_processors
 
-policy = FlowMatchingPolicy.from_pretrained("path/to/this/folder")
-preprocessor, postprocessor = make_pre_post_processors(policy.config, "path/to/this/folder")
+path = "path/to/this/folder"
+policy = FlowMatchingPolicy.from_pretrained(path)
+here = {{"device_processor": {{"device": policy.config.device}}}}  # wherever it was trained
+preprocessor, postprocessor = make_pre_post_processors(policy.config, path, preprocessor_overrides=here)
 ```
 
 Made with `lerobot_policy_fm_ft` for LeRobot. No evaluation is implied by this card.

@@ -35,7 +35,8 @@ def as_motors(path: Path, out: Path) -> None:
 
     Raises:
         FileExistsError: If `out` exists.
-        ValueError: If `path` is no checkpoint of this policy, or observes no two vectors normalised alike.
+        ValueError: If `path` is no checkpoint of this policy, or does not observe two vectors, the
+            robot's first, normalised alike.
     """
     if out.exists():
         raise FileExistsError(f"{out} exists already: name a new folder")
@@ -44,6 +45,8 @@ def as_motors(path: Path, out: Path) -> None:
     features, modes = old.input_features or {}, old.normalization_mapping
     if not {OBS_STATE, OBS_ENV_STATE} <= set(features) or modes["STATE"] != modes["ENV"]:
         raise ValueError(f"{path} must observe '{OBS_STATE}' and '{OBS_ENV_STATE}', normalised alike; got {features}")
+    if list(features).index(OBS_STATE) > list(features).index(OBS_ENV_STATE):
+        raise ValueError(f"{path} puts '{OBS_ENV_STATE}' before '{OBS_STATE}', expected the robot's numbers first")
     numbers = sum(features[name].shape[0] for name in (OBS_STATE, OBS_ENV_STATE))
     images = {name: feature for name, feature in features.items() if feature.type is FeatureType.VISUAL}
     config.input_features = {OBS_STATE: PolicyFeature(FeatureType.STATE, (numbers,)), **images}

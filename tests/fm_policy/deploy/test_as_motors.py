@@ -1,6 +1,7 @@
 """The same weights with other names do the same."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -27,6 +28,17 @@ def test_it_has_a_robots_names(motors_policy):
     config = json.loads((motors_policy / "config.json").read_text())
     assert config["input_features"] == {"observation.state": {"type": "STATE", "shape": [18]}}
     assert config["action_feature_names"] == ["x.pos", "y.pos"]
+
+
+def test_numbers_in_another_order_are_refused(tmp_path):
+    """Under one name the robot's come first, and the weights would meet the objects' in their place."""
+    folder = tmp_path / "policy"
+    shutil.copytree(default_policy(), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["input_features"] = dict(reversed(config["input_features"].items()))
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="puts 'observation.environment_state' before 'observation.state'"):
+        as_motors(folder, tmp_path / "out")
 
 
 def test_what_cannot_be_done_is_refused(motors_policy, tmp_path, capsys):
