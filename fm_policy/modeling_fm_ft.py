@@ -72,6 +72,7 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         self.net.velocity.requires_grad_(config.trains_flow)
         if config.stage != "pretrain" and dataset_meta is not None:
             self._keep_base()
+        self._trains = dataset_meta is not None
         if dataset_meta is not None:
             self._prepare_data(dataset_meta)
         if config.variance != "scalar":
@@ -398,7 +399,7 @@ class FlowMatchingPolicy(PreTrainedPolicy):
                 as the functions of `stages`.
         """
         folder = Path(model_file).parent
-        new_stage = stages.starts_new_stage(model.config, folder)
+        new_stage = stages.starts_new_stage(model.config, folder, model._trains)
         normalization.keep_statistics(model.config, folder)
         try:
             with safe_open(model_file, framework="pt", device=str(map_location)) as file:

@@ -32,18 +32,23 @@ TAUGHT = ("reflow", "inverse")
 
 
 def is_new_run() -> bool:
-    """Whether this process is a training that starts from another one's checkpoint, and no resumed one.
+    """Whether a training starts from another one's checkpoint, and is no resumed one.
 
     LeRobot tells neither the policy nor its configuration; it decides by the command line itself, as here.
     """
     return parser.get_path_arg("policy") is not None
 
 
-def starts_new_stage(config: FlowMatchingConfig, folder: Path) -> bool:
+def starts_new_stage(config: FlowMatchingConfig, folder: Path, trains: bool) -> bool:
     """Whether a policy of this configuration starts a new stage from the checkpoint, instead of going on with its own.
 
     Fine-tuning that starts from a fine-tuned policy is a new stage, too: its base is that policy and no longer its
     base's.
+
+    Args:
+        config: Of the policy.
+        folder: The checkpoint.
+        trains: Whether the policy is loaded to be trained, and not to act.
 
     Raises:
         ValueError: If the checkpoint cannot be its base: another kind of policy, another shape, a later stage, a
@@ -57,10 +62,10 @@ def starts_new_stage(config: FlowMatchingConfig, folder: Path) -> bool:
             f"{folder} is of stage {base.stage!r}: stage {config.stage!r} goes on from {list(BASES[config.stage])}"
         )
     _mention_other_grid(config, base)
-    further = base.stage != config.stage
-    if further or is_new_run():
+    further, new_run = base.stage != config.stage, trains and is_new_run()
+    if further or new_run:
         _check_inherited(config, base, folder)
-    if not (further or (is_new_run() and config.stage == "finetune")):
+    if not (further or (new_run and config.stage == "finetune")):
         return False
     _check_finished(folder)
     _check_teacher(config, base, folder)

@@ -354,6 +354,13 @@ class TestNewRunOfTheSameStage:
         with pytest.raises(ValueError, match="fine-tuned through 2 of heun, which reflow, by Euler's steps, cannot"):
             load(tmp_path, coupling="reflow", solver="euler", num_solver_steps=1, reflow_steps=2)
 
+    def test_a_tuned_policy_acts_whatever_taught_it(self, tiny, tmp_path):
+        """lerobot-eval and lerobot-rollout name the policy on their command line, too."""
+        half = TestBasesThatAreRefused.checkpoint(tiny, tmp_path / "run", 10, 20)
+        saved(tiny.finetuning(coupling="reflow", num_solver_steps=2), half)
+        policy = load(half, data=None)
+        assert policy.config.nfe == 2 and not hasattr(policy, "base_net")
+
     def test_pre_training_goes_on_with_its_weights_and_their_average(self, tiny, tmp_path):
         base = trained(tiny.policy())
         policy = load(saved(base, tmp_path))
