@@ -110,8 +110,8 @@ class FlowMatchingConfig(WindowedConfig, PreTrainedConfig):
         compile_model: Compile the velocity net for a policy that acts: loading takes half a minute longer and, for a
             CPU, a C++ compiler; a robot's chunk then takes two thirds to three quarters of its time there.
             `lerobot-rollout --use_torch_compile=true` sets it.
-        keep_statistics: Fine-tuning on a data set with other statistics keeps the base's normalisation; False:
-            such a data set is refused.
+        keep_statistics: A training that starts from a policy, on a data set with other statistics, keeps that policy's
+            normalisation; False: such a data set is refused.
         use_ema: Keep a moving average of the weights, and use it whenever the policy is not training.
         ema_power: Exponent of the average's warm-up, decay = 1 - update^(-power).
         ema_max_decay: Upper bound of the decay.
