@@ -46,12 +46,17 @@ def starts(env: str, root: Path, source: Path | None) -> list[Start] | None:
             models = [read_text(demo, "model_file") for demo in demos]
         pairs = zip(states, models, strict=True)
         return [{"seed": 0, "options": {"reset_to_state": state, "model_file": model}} for state, model in pairs]
-    scripted = root / "meta" / "scripted.json"
-    if scripted.is_file():
-        return [{"seed": seed} for seed in json.loads(scripted.read_text(encoding="utf-8"))["seeds"]]
+    if scripted := told(root):
+        return [{"seed": seed} for seed in scripted["seeds"]]
     if env == "kitchen":
         return None
     raise ValueError(f"nothing tells where the episodes of {root} start: give the recording by --source FILE")
+
+
+def told(root: Path) -> dict[str, Any]:
+    """What a scripted data set says of itself; nothing of another one."""
+    file = root / "meta" / "scripted.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def episodes(root: Path) -> Iterator[NDArray[np.float32]]:
@@ -89,7 +94,7 @@ def main() -> None:
     from env_configs.demos.stores import StoreError
 
     try:
-        env = make_env_config(args.env, **parse_options(args.option)).make()
+        env = make_env_config(args.env, **told(args.root).get("options", {}) | parse_options(args.option)).make()
         recorded = list(episodes(args.root))
         begin = starts(args.env, args.root, args.source) or [{"seed": number} for number in range(len(recorded))]
         if len(begin) != len(recorded):

@@ -111,7 +111,9 @@ def wins_and_losses(values: NDArray[np.float64], reference: NDArray[np.float64])
 def bootstrap_interval(
     differences: NDArray[np.float64], confidence: float = CONFIDENCE, resamples: int = 10_000
 ) -> Interval | None:
-    """Percentile interval (Efron 1979) of a mean over seeds; None for a single seed. The same for the same numbers.
+    """Percentile interval (Efron 1979) of a mean over seeds; the same for the same numbers.
+
+    None for a single seed, and where all seeds say the same: drawing them anew shows nothing of what lies between them.
 
     Args:
         differences: One number of each seed, `(seeds,)`.
@@ -119,7 +121,7 @@ def bootstrap_interval(
         resamples: How often the seeds are drawn anew.
     """
     seeds = len(differences)
-    if seeds < 2:
+    if (differences == differences[0]).all():
         return None
     counts = np.random.default_rng(0).multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)
     low, high = np.quantile(counts @ differences / seeds, [(1 - confidence) / 2, (1 + confidence) / 2])

@@ -9,9 +9,9 @@ A file is named `<env>_<obs>[_<net>][_<stage>].json`, where the velocity net is 
 stage not the first; `diffusion` is the net of the baseline `dp_ema`. Adding a recipe means adding a file: the command
 line finds it.
 
-A recipe of the first stage names every field of the policy that decides what is learned. One of a later stage changes what the stage sets in the
-configuration of the policy that `--policy.path` names, its base, and so serves every net; its own `path` is read
-only where that flag is forgotten, in LeRobot's complaint.
+A recipe of the first stage names every field of the policy that decides what is learned. One of a later stage changes
+what the stage sets in the configuration of the policy that `--policy.path` names, its base, and so serves every net.
+Its own `path` is read only where that flag is forgotten, in LeRobot's complaint.
 """
 
 import json
