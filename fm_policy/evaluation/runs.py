@@ -107,13 +107,26 @@ def evaluate_into(
             to by one.
     """
     start = time.perf_counter()
+    sampler = ChunkSampler(
+        checkpoint.policy,
+        checkpoint.preprocessor,
+        checkpoint.postprocessor,
+        env_config,
+        run.n_action_steps,
+        run.at_once(env_config),
+        run.observation_noise,
+    )
+    settings = _settings(checkpoint, env_config, run, sampler)
     with _alone_in(folder) if rank.first else nullcontext():
-        return _evaluate_into(folder, checkpoint, env_config, run, resume, seconds or {}, rank, start)
+        return _evaluate_into(
+            folder, checkpoint, env_config, run, resume, seconds or {}, rank, start, sampler, settings
+        )
 
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     """Keep other evaluations out of a folder, whose rows two of them would write twice."""
+    folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
@@ -131,17 +144,9 @@ def _evaluate_into(
     seconds: dict[str, float],
     rank: Rank,
     start: float,
+    sampler: ChunkSampler,
+    settings: dict[str, Any],
 ) -> dict[str, Any]:
-    sampler = ChunkSampler(
-        checkpoint.policy,
-        checkpoint.preprocessor,
-        checkpoint.postprocessor,
-        env_config,
-        run.n_action_steps,
-        run.at_once(env_config),
-        run.observation_noise,
-    )
-    settings = _settings(checkpoint, env_config, run, sampler)
     path = folder / "episodes.jsonl"
     if rank.first:
         _claim(folder, settings, resume)
