@@ -46,15 +46,15 @@ def starts(env: str, root: Path, source: Path | None) -> list[Start] | None:
             models = [read_text(demo, "model_file") for demo in demos]
         pairs = zip(states, models, strict=True)
         return [{"seed": 0, "options": {"reset_to_state": state, "model_file": model}} for state, model in pairs]
-    if scripted := told(root):
-        return [{"seed": seed} for seed in scripted["seeds"]]
+    if record := scripted(root):
+        return [{"seed": seed} for seed in record["seeds"]]
     if env == "kitchen":
         return None
     raise ValueError(f"nothing tells where the episodes of {root} start: give the recording by --source FILE")
 
 
-def told(root: Path) -> dict[str, Any]:
-    """What a scripted data set says of itself; nothing of another one."""
+def scripted(root: Path) -> dict[str, Any]:
+    """How the episodes of a scripted data set were recorded; empty for another one."""
     file = root / "meta" / "scripted.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
@@ -94,7 +94,7 @@ def main() -> None:
     from env_configs.demos.stores import StoreError
 
     try:
-        env = make_env_config(args.env, **told(args.root).get("options", {}) | parse_options(args.option)).make()
+        env = make_env_config(args.env, **scripted(args.root).get("options", {}) | parse_options(args.option)).make()
         recorded = list(episodes(args.root))
         begin = starts(args.env, args.root, args.source) or [{"seed": number} for number in range(len(recorded))]
         if len(begin) != len(recorded):

@@ -32,16 +32,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{args.out}: {args.checkpoint} with its averaged weights alone")
 
 
-def check_free(folder: Path) -> None:
-    """Refuse a folder that holds something, or a file.
-
-    Raises:
-        ValueError: If it does.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is not an empty folder: choose another one")
-
-
 def export(checkpoint: Path, folder: Path, device: str = "cpu", half: bool = False) -> None:
     """Write a checkpoint's policy with its averaged weights alone, and its processors, whole or not at all.
 
@@ -55,7 +45,7 @@ def export(checkpoint: Path, folder: Path, device: str = "cpu", half: bool = Fal
         ValueError: If `folder` is not free, `checkpoint` cannot be read, or a weight is too large for float16.
     """
     from fm_policy.evaluation.checkpoint import load_any_checkpoint
-    from fm_policy.files import new_folder
+    from fm_policy.files import check_free, new_folder
 
     check_free(folder)
     loaded = load_any_checkpoint(checkpoint, device)

@@ -30,8 +30,14 @@ def base_features(key: recipes.RecipeKey, flags: Sequence[str]) -> Collection[st
 
 
 def _check_is_hub_id(path: str) -> None:
-    if path.count("/") > 1 or path.startswith((".", "/", "~")) or (Path(path).parent.is_dir() and "/" in path):
+    if path.count("/") > 1 or path.startswith((".", "/", "~")):
         raise UsageError(f"there is no folder {path}, which --policy.path names")
+    owner, slash, _ = path.partition("/")
+    if slash and Path(owner).is_dir():
+        raise UsageError(
+            f"there is no folder {path}, which --policy.path names, though there is one {owner}: for a policy of that "
+            "name on the Hub, call this from another folder"
+        )
 
 
 def _features(folder: Path) -> Collection[str]:

@@ -48,6 +48,16 @@ def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
+def check_free(folder: Path) -> None:
+    """Refuse a folder that holds something, or a file.
+
+    Raises:
+        ValueError: If it does.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not an empty folder: choose another one")
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A draft of a folder, which takes its place when the block ends, and is gone if that fails.

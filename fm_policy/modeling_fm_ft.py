@@ -30,7 +30,7 @@ from fm_policy import contract, held_out, model_card, normalization, stages, win
 from fm_policy.configuration_fm_ft import FlowMatchingConfig
 from fm_policy.deploy import rtc
 from fm_policy.ema import ema_decay, ema_update
-from fm_policy.flow.coupling import independent, inverse, nearest, reflow
+from fm_policy.flow.coupling import TAUGHT, independent, inverse, nearest, reflow
 from fm_policy.flow.diagnostics import StepGradients
 from fm_policy.flow.losses import HUBER_SCALE, Reduction, cfm_loss, gaussian_nll, masked_mse, pseudo_huber
 from fm_policy.flow.noise import disturbed, sample_noise
@@ -96,7 +96,7 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         if config.nfe is None:
             raise ValueError(f"fine-tuning goes through a fixed grid, which solver={config.solver!r} has not")
         from_scratch = config.pretrained_path is None and hasattr(config, "_runtime_dataset_meta")  # LeRobot's trainer
-        if from_scratch and config.coupling in stages.TAUGHT:
+        if from_scratch and config.coupling in TAUGHT:
             raise ValueError(f"coupling={config.coupling!r} learns from a trained policy: --policy.path=DIR names it")
         self.base_net = copy.deepcopy(self.net).requires_grad_(False)
         self.base_net.head = None

@@ -27,10 +27,6 @@ INHERITED = (
 )
 
 
-# Couplings that learn from the base.
-TAUGHT = ("reflow", "inverse")
-
-
 def is_new_run() -> bool:
     """Whether a training starts from another one's checkpoint, and is no resumed one.
 

@@ -128,8 +128,8 @@ def _read_relay(folder: Path) -> list[Recording]:
     time_first, time_second = _is_time(mask), _is_time(mask.T)
     if not (time_first or time_second):
         raise StoreError(f"{folder / _RELAY[2]}: an episode must begin with its first frame and have no gap")
-    # Of one episode, or of several that are equally long, the mask fits both ways: then the joints tell.
-    if not time_first or (time_second and _change(np.swapaxes(seen, 0, 1)) < _change(seen)):
+    # Of one episode, or of several that are equally long or ever shorter, the mask fits both ways: the joints tell.
+    if not time_first or (time_second and _change(np.swapaxes(seen, 0, 1), mask.T) < _change(seen, mask)):
         seen, actions, mask = (np.swapaxes(array, 0, 1) for array in (seen, actions, mask))
     return [_recording(seen[:end, i], actions[:end, i]) for i, end in enumerate(mask.sum(axis=0))]
 
@@ -139,9 +139,10 @@ def _is_time(mask: NDArray[np.bool_]) -> bool:
     return len(mask) > 0 and bool(mask[0].all() and (mask[1:] <= mask[:-1]).all())
 
 
-def _change(seen: NDArray) -> float:
-    """How far the joints go from one entry of the first axis to the next, in the mean; infinite for one entry."""
-    return float(np.abs(np.diff(seen[..., :9], axis=0)).mean()) if len(seen) > 1 else np.inf
+def _change(seen: NDArray, mask: NDArray[np.bool_]) -> float:
+    """How far the joints go from one frame to the next along the first axis, in the mean; infinite if there is none."""
+    steps = np.abs(np.diff(seen[..., :9], axis=0))[mask[1:]]
+    return float(steps.mean()) if steps.size else np.inf
 
 
 def _load(path: Path, shape: Shape, kinds: str = "fiu") -> NDArray:

@@ -38,6 +38,9 @@ _SAME_PLACE = 1e-3
 _FACING = ("default", "opposed", "single-arm-opposed")
 """Names of the tasks' own placing of the arms, in robosuite 1.4 and 1.5; a file's states do not hold it."""
 
+_ADVICE = {"input_ref_frame": "; robosuite 1.5 takes 'base' unless the controller's configuration says 'world'"}
+"""Setting -> what a refusal adds."""
+
 _ARM = ("x", "y", "z", "qx", "qy", "qz", "qw", "finger1", "finger2")
 _COMMANDS = {
     "absolute": ("x", "y", "z", *(f"r{number}" for number in range(6)), "gripper"),
@@ -157,11 +160,11 @@ def _check_settings(data: "h5py.Group", task: Task) -> None:
     """Refuses recordings of another task, robot or controller."""
     name, settings = _settings(data)
     controller = _controller(settings.get("controller_configs") or {})
-    robots = settings.get("robots")
+    robots, placing = settings.get("robots"), settings.get("env_configuration") or "default"
     found = {
         "env_name": name,
         "robots": [robots] if isinstance(robots, str) else robots,
-        "env_configuration": settings.get("env_configuration") or "default",
+        "env_configuration": "default" if placing in _FACING else placing,
         "control_freq": settings.get("control_freq", FPS),
         "controller": controller.get("type"),
         "control_delta": controller.get("control_delta", controller.get("input_type", "delta") == "delta"),
@@ -177,14 +180,11 @@ def _check_settings(data: "h5py.Group", task: Task) -> None:
         "input_ref_frame": "world",
     }
     for setting, value in found.items():
-        if value != expected[setting] and not (setting == "env_configuration" and value in _FACING):
+        if value != expected[setting]:
             raise StoreError(
                 f"{data.file.filename} was recorded with {setting} {value!r}, expected {expected[setting]!r} for "
                 f"{task.name}{_ADVICE.get(setting, '')}"
             )
-
-
-_ADVICE = {"input_ref_frame": "; robosuite 1.5 takes 'base' unless the controller's configuration says 'world'"}
 
 
 def _settings(data: "h5py.Group") -> tuple[Any, dict[str, Any]]:

@@ -61,11 +61,9 @@ def _features(task: str) -> dict[str, dict]:
 
     if task == "pusht":
         return pusht_zarr.features("state")
-    return (
-        kitchen.features("relay", "joint_targets")
-        if task == "kitchen"
-        else robomimic_hdf5.features(TASKS[task], "absolute")
-    )
+    if task == "kitchen":
+        return kitchen.features("relay", "joint_targets")
+    return robomimic_hdf5.features(TASKS[task], "absolute")
 
 
 def make_env(task: str, camera: bool) -> gym.Env:

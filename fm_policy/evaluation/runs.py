@@ -118,9 +118,34 @@ def evaluate_into(
     )
     settings = _settings(checkpoint, env_config, run, sampler)
     with _alone_in(folder) if rank.first else nullcontext():
-        return _evaluate_into(
-            folder, checkpoint, env_config, run, resume, seconds or {}, rank, start, sampler, settings
-        )
+        path = folder / "episodes.jsonl"
+        if rank.first:
+            _claim(folder, settings, resume)
+            join_parts(path)
+        rank.wait()
+        done = read_episodes(path)
+        rank.wait()  # nobody writes before everybody has read
+        share = rank.share(_left(run, done))
+        with EpisodeFile(part(path, rank.number)) as rows:
+            episodes = _run_share(run, share, sampler, env_config, folder)
+            for episode in _progress(episodes, done, len(share), silent=not rank.first):
+                rows.append(episode)
+        rank.wait()
+        if rank.first:
+            rows_now = join_parts(path)
+            summary = {
+                **summarise(rows_now),
+                "head_nfe": checkpoint.policy.config.head_nfe,
+                "ms_per_chunk": chunk_times(sampler.calls),
+                **settings,
+                **_provenance(checkpoint),
+                "processes": rank.processes,
+                "seconds": {**(seconds or {}), "evaluation": round(time.perf_counter() - start, 2)},
+                "episodes_run_now": len(rows_now) - len(done),
+            }
+            write_json(folder / "summary.json", summary)
+        rank.wait()
+        return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
 @contextmanager
@@ -133,48 +158,6 @@ def _alone_in(folder: Path) -> Iterator[None]:
             yield
     except Timeout as error:
         raise ValueError(f"another evaluation is writing to {folder} at this moment: wait for it") from error
-
-
-def _evaluate_into(
-    folder: Path,
-    checkpoint: Checkpoint[ChunkPolicy],
-    env_config: EnvConfig,
-    run: Run,
-    resume: bool,
-    seconds: dict[str, float],
-    rank: Rank,
-    start: float,
-    sampler: ChunkSampler,
-    settings: dict[str, Any],
-) -> dict[str, Any]:
-    path = folder / "episodes.jsonl"
-    if rank.first:
-        _claim(folder, settings, resume)
-        join_parts(path)
-    rank.wait()
-    done = read_episodes(path)
-    rank.wait()  # nobody writes before everybody has read
-    share = rank.share(_left(run, done))
-    with EpisodeFile(part(path, rank.number)) as rows:
-        episodes = _run_share(run, share, sampler, env_config, folder)
-        for episode in _progress(episodes, done, len(share), silent=not rank.first):
-            rows.append(episode)
-    rank.wait()
-    if rank.first:
-        rows_now = join_parts(path)
-        summary = {
-            **summarise(rows_now),
-            "head_nfe": checkpoint.policy.config.head_nfe,
-            "ms_per_chunk": chunk_times(sampler.calls),
-            **settings,
-            **_provenance(checkpoint),
-            "processes": rank.processes,
-            "seconds": {**seconds, "evaluation": round(time.perf_counter() - start, 2)},
-            "episodes_run_now": len(rows_now) - len(done),
-        }
-        write_json(folder / "summary.json", summary)
-    rank.wait()
-    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
 def _settings(

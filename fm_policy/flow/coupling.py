@@ -20,6 +20,9 @@ COUPLINGS = {
     "reflow": "noise and the chunk that the frozen base makes of it in many steps, which fewer steps learn to make",
 }
 
+TAUGHT = ("inverse", "reflow")
+"""Couplings whose pairs a base makes."""
+
 REFUSED = {
     "ot": "mini-batch optimal transport pairs noise and data without regard to the observation, so that training sees "
     "another noise under each observation than the N(0, I) which inference draws (Cheng & Schwing 2025, C2OT). On "

@@ -54,9 +54,9 @@ def _select(args: argparse.Namespace) -> None:
     # Imported late: help and wrong arguments need not wait for torch.
     from lerobot.utils.import_utils import register_third_party_plugins
 
-    from fm_policy.average import check_free, export
+    from fm_policy.average import export
     from fm_policy.evaluation.provenance import PACKAGES, versions
-    from fm_policy.files import write_json
+    from fm_policy.files import check_free, write_json
     from fm_policy.select.choice import choose
     from fm_policy.select.criteria import measure_coverage, measure_error
     from fm_policy.select.report import as_table, reason

@@ -134,20 +134,24 @@ def test_every_form_holds_the_same_recordings(form, few, tmp_path):
 
 
 @pytest.mark.parametrize("by_time", [True, False])
-@pytest.mark.parametrize("episodes", [1, 3])
-def test_recordings_of_equal_length_are_not_turned_about(by_time, episodes, few, tmp_path):
-    """The mask fits both ways then."""
-    starts, length = [start for start, _ in spans(few)][:episodes], min(LENGTHS)
+@pytest.mark.parametrize("shorter", [[0], [0, 0, 0], [0, 2, 5]], ids=["one", "equal", "ever shorter"])
+def test_recordings_whose_mask_fits_both_ways_are_not_turned_about(by_time, shorter, few, tmp_path):
+    longest = min(LENGTHS)
     arrays = {
-        "observations_seq": np.stack([relay(few["seen"])[start : start + length] for start in starts]),
-        "actions_seq": np.stack([few["actions"][start : start + length] for start in starts]),
-        "existence_mask": np.ones((episodes, length)),
+        "observations_seq": np.zeros((len(shorter), longest, 60)),
+        "actions_seq": np.zeros((len(shorter), longest, 9)),
+        "existence_mask": np.zeros((len(shorter), longest)),
     }
+    cuts = [(start, longest - less) for (start, _), less in zip(spans(few), shorter, strict=False)]
+    for number, (start, length) in enumerate(cuts):
+        arrays["observations_seq"][number, :length] = relay(few["seen"])[start : start + length]
+        arrays["actions_seq"][number, :length] = few["actions"][start : start + length]
+        arrays["existence_mask"][number, :length] = 1
     for name, values in arrays.items():
         np.save(tmp_path / f"{name}.npy", np.swapaxes(values, 0, 1) if by_time else values)
     found = recordings(tmp_path)
-    assert [len(demo.actions) for demo in found] == [length] * episodes
-    np.testing.assert_array_equal(found[-1].actions, few["actions"][starts[-1] : starts[-1] + length])
+    for demo, (start, length) in zip(found, cuts, strict=True):
+        np.testing.assert_array_equal(demo.actions, few["actions"][start : start + length])
 
 
 def test_velocities_and_joint_targets_are_told_apart_by_their_names(few, tmp_path):

@@ -28,9 +28,10 @@ def replay(monkeypatch):
 
 
 @pytest.mark.skipif(find_spec("gymnasium_robotics") is None, reason="needs the extra kitchen")
-def test_a_scripted_episode_succeeds_again_from_its_seed(replay, tmp_path, capsys):
+def test_a_scripted_episode_succeeds_again_from_its_seed_with_its_own_actions(replay, tmp_path, capsys):
     root, file = tmp_path / "set", tmp_path / "outcomes.json"
-    assert demos(["kitchen", "--scripted", "--episodes", "1", "--workers", "1", "--root", str(root)]) == 0
+    recording = ["kitchen", "--scripted", "--episodes", "1", "--workers", "1", "--actions", "velocity"]
+    assert demos([*recording, "--root", str(root)]) == 0
     replay("--env", "kitchen", "--root", root, "--json", file)
     assert "1 of 1 episodes replayed to success" in capsys.readouterr().out
     (outcome,) = json.loads(file.read_text())

@@ -84,6 +84,10 @@ def wait_for_rows(path, count: int, process: subprocess.Popen, seconds: float = 
             ["--env", "kitchen", "--policy", str(default_policy())],
             r"the policy is of another task: its 'observation.state' has the shape \(2,\)",
         ),
+        (
+            ["--env", "kitchen", "--option", "actions=velocity"],
+            r"the policy's actions are \['joint1', .*, those of this fm_kitchen \['joint1_velocity', ",
+        ),
         (["--env", "handover"], "no policy ships for the task 'handover', only for kitchen, lift, pusht, transport"),
         (["--episodes", "0"], "episodes must be at least 1, got 0"),
         (["--repeats", "0"], "repeats must be at least 1, got 0"),

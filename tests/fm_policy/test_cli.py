@@ -304,7 +304,10 @@ def test_help_on_a_later_stage_asks_for_no_base():
         (["--policy.path="], r"starts from a pre-trained policy"),
         (["net=unet", "--policy.path=base"], r"stage=finetune keeps the net of its base: leave net=unet away"),
         (["--policy.path=no/such/folder"], r"there is no folder no/such/folder"),
-        (["--policy.path=empty/tunedd"], r"there is no folder empty/tunedd"),
+        (
+            ["--policy.path=empty/tunedd"],
+            r"there is no folder empty/tunedd, .* one empty: for a policy of that name on the Hub",
+        ),
         (["--policy.path=empty"], r"empty holds no policy \(no config\.json\).*checkpoints/\*/pretrained_model"),
         (["--policy.path=act"], r"act holds a policy of type 'act', expected 'fm_ft'"),
         (["--policy.path=image"], r"image sees observation\.image, which obs=state does not show: say obs=image"),

@@ -109,6 +109,8 @@ def test_a_policy_gets_what_it_sees_and_the_store_grows_by_what_another_one_sees
     assert held() == ["action", "observation.gripper"]
     of_policy(meta, windows, ["observation.state"])
     assert held() == ["action", "observation.gripper", "observation.state"]
+    pixels = of_policy(meta, windows, ["observation.image"]).arrays["observation.image"]  # pictures are lacking alone
+    assert pixels.shape == (35, 3, 16, 24) and pixels.dtype == np.uint8
     renamed = of_policy(meta, windows, ["observation.images.front"])
     assert {"observation.image", "observation.state"} < set(renamed.windows)
 
