@@ -8,7 +8,6 @@ a configuration that LeRobot counts exactly in batches, synchronous or asynchron
 import contextlib
 import io
 import math
-import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -21,7 +20,7 @@ from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 from numpy.typing import NDArray
 
 from env_configs.batches import BatchedEnvConfig
-from env_configs.extras import NoOpenGLError, not_installed
+from env_configs.extras import not_installed
 from env_configs.kitchen_tasks import (
     ACTIONS,
     FPS,
@@ -34,6 +33,7 @@ from env_configs.kitchen_tasks import (
     score,
     split,
 )
+from env_configs.opengl import NoOpenGLError, drawing
 
 TASK = "FrankaKitchen-v1"
 ROBOT_NOISE, OBJECT_NOISE = 0.01, 0.0005
@@ -133,14 +133,8 @@ class Kitchen(gym.Wrapper):
         Raises:
             NoOpenGLError: this machine offers no OpenGL to MuJoCo.
         """
-        from mujoco import FatalError
-
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of every way to OpenGL that was tried in vain
-                return self.env.render()
-        except (FatalError, RuntimeError, ImportError, AttributeError, OSError) as error:
-            raise NoOpenGLError(error, "kitchen") from error
+        with drawing("kitchen"):
+            return self.env.render()
 
     def _observe(self, observation: dict[str, Any]) -> dict[str, NDArray[np.float64]]:
         self._joints = observation["observation"][:9]

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from env_configs.extras import NoOpenGLError, not_installed
+from env_configs.extras import not_installed
+from env_configs.opengl import drawing
 from env_configs.robosuite_control import ControlLoop
 from env_configs.robosuite_models import Progress, Task
 from env_configs.rotations import to_six
@@ -138,14 +139,11 @@ class Simulator:
         model, data = self._env.sim.model._model, self._env.sim.data._data
         model.vis.global_.offwidth = max(model.vis.global_.offwidth, size)
         model.vis.global_.offheight = max(model.vis.global_.offheight, size)
-        try:
-            with _quiet():  # what fails is told below
-                if self._renderer is None:
-                    self._renderer = mujoco.Renderer(model, size, size)
-                self._renderer.update_scene(data, _CAMERA, self._visible())
-                return self._renderer.render()
-        except (mujoco.FatalError, RuntimeError, ImportError, AttributeError, OSError) as error:
-            raise NoOpenGLError(error, "transport") from error
+        with drawing("transport"), _quiet():
+            if self._renderer is None:
+                self._renderer = mujoco.Renderer(model, size, size)
+            self._renderer.update_scene(data, _CAMERA, self._visible())
+            return self._renderer.render()
 
     def close(self) -> None:
         """Lets the simulation go."""

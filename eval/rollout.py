@@ -70,7 +70,7 @@ def evaluate(args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse()
     # Imported late, here and above: help and wrong arguments need not wait for torch.
-    from env_configs.extras import NoOpenGLError
+    from env_configs.opengl import NoOpenGLError
     from fm_policy.evaluation.ranks import companions
 
     try:

@@ -16,7 +16,7 @@ from lerobot.envs.utils import env_to_policy_features, preprocess_observation
 from scipy.spatial.transform import Rotation
 
 from env_configs import make_env_config
-from env_configs.extras import NoOpenGLError
+from env_configs.opengl import NoOpenGLError
 from env_configs.robosuite_models import TASKS
 from env_configs.robosuite_tasks import RobosuiteTask
 from env_configs.rotations import from_six, to_rotation_vector, to_six

@@ -93,22 +93,27 @@ def test_another_evaluation_is_not_continued_and_nothing_is_lost(together, alone
 
 
 LATE = """
-import sys, time
+import os, sys, time
 from datetime import timedelta
+from pathlib import Path
 from fm_policy.evaluation import ranks
-ranks.MEETING = timedelta(seconds=4)
+ranks.MEETING = timedelta(seconds=5)
+late, folder = int(sys.argv[1]), Path(sys.argv[2])
+(folder / os.environ["RANK"]).touch()
+while len(list(folder.iterdir())) < 2:  # imports may take one longer than the other
+    time.sleep(0.01)
 rank = ranks.join()
-time.sleep(8 * (rank.number == int(sys.argv[1])))
+time.sleep(10 * (rank.number == late))
 rank.wait()
 print("together")
 """
 
 
 @pytest.mark.parametrize("late", [0, 1])
-def test_processes_wait_longer_for_one_another_than_for_the_start(late):
+def test_processes_wait_longer_for_one_another_than_for_the_start(late, tmp_path):
     """In processes of their own: it is torch's waiting that is in question."""
     meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ranks._free_port())}
-    command = [sys.executable, "-c", LATE, str(late)]
+    command = [sys.executable, "-c", LATE, str(late), str(tmp_path)]
     started = [
         subprocess.Popen(command, env=os.environ | meeting | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
         for rank in range(2)
