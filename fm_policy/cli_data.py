@@ -48,7 +48,10 @@ def _human_demos(key: recipes.RecipeKey) -> tuple[Path, str] | None:
     source = _human_source(key.env)
     if source is None or not source.is_file():
         return None
-    return _convert_once(source, key), f"the human demonstrations of {source}, which FM_DATA leads to"
+    options = _options(key)
+    mirrored = " and their mirror images" if "--mirror" in options else ""
+    root = _convert_once(source, key, options)
+    return root, f"the human demonstrations{mirrored} of {source}, which FM_DATA leads to"
 
 
 def _human_source(env: str) -> Path | None:
@@ -69,39 +72,45 @@ def _shipped_demos(env: str) -> tuple[Path, str]:
     return default_demos(), f"the demonstrations shipped with fm_policy; for human ones, {reason}"
 
 
-def _convert_once(source: Path, key: recipes.RecipeKey) -> Path:
-    """Return the LeRobotDataset made from `source`, converted unless this very file was converted before.
+def _options(key: recipes.RecipeKey) -> list[str]:
+    """Of the conversion, where the task has them: what is observed, and every demonstration mirrored, too."""
+    from env_configs.demos.__main__ import READERS
 
-    The folder's name carries the fingerprint of the file and of the code that converts it, and the converter
-    writes it whole or not at all, so that a folder that exists is the right one. Of several runs that start
-    together one converts and the others wait.
+    known = READERS[key.env].options
+    return [f"--obs={key.obs}"] * ("obs" in known) + ["--mirror"] * ("mirror" in known)
+
+
+def _convert_once(source: Path, key: recipes.RecipeKey, options: list[str]) -> Path:
+    """Return the LeRobotDataset made from `source`, converted unless this very file was converted so before.
+
+    The folder's name carries the fingerprint of the file, of the options and of the code that converts it, and the
+    converter writes it whole or not at all, so that a folder that exists is the right one. Of several runs that
+    start together one converts and the others wait.
     """
     from filelock import FileLock
     from lerobot.utils.constants import HF_LEROBOT_HOME
 
-    root = HF_LEROBOT_HOME / "fm_ft" / f"{key.env}_{key.obs}_{_fingerprint(source)}"
+    root = HF_LEROBOT_HOME / "fm_ft" / f"{key.env}_{key.obs}_{_fingerprint(source, options)}"
     root.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(root.with_name(f"{root.name}.lock")):
         if not root.exists():
-            _convert(source, root, key)
+            _convert(key.env, source, root, options)
     return root
 
 
-def _convert(source: Path, root: Path, key: recipes.RecipeKey) -> None:
-    from env_configs.demos.__main__ import READERS
+def _convert(env: str, source: Path, root: Path, options: list[str]) -> None:
     from env_configs.demos.__main__ import main as convert
 
-    arguments = [key.env, f"--source={source}", f"--root={root}"]
-    if "obs" in READERS[key.env].options:
-        arguments.append(f"--obs={key.obs}")
+    arguments = [env, f"--source={source}", f"--root={root}", *options]
     print(shlex.join(["python", "-m", "env_configs.demos", *arguments]), flush=True)
     if convert(arguments) != 0:
         raise UsageError(f"{source} could not be converted; name another data set by --dataset.root=...")
 
 
-def _fingerprint(source: Path) -> str:
+def _fingerprint(source: Path, options: list[str]) -> str:
     with source.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
+    digest.update(shlex.join(options).encode())
     digest.update(source_fingerprint(["env_configs"]).encode())
     return digest.hexdigest()[:12]
 

@@ -27,5 +27,5 @@ def one_call_policy() -> Path:
 
 
 def default_demos() -> Path:
-    """Folder of the shipped LeRobotDataset: successful Push-T episodes of the shipped policy."""
+    """Folder of the shipped LeRobotDataset: successful Push-T episodes of `pusht_unmirrored`."""
     return FOLDER / "pusht_demos"

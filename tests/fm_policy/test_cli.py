@@ -34,7 +34,7 @@ def conversions(monkeypatch) -> list[list[str]]:
 
     def convert(arguments: list[str]) -> int:
         calls.append(arguments)
-        options = dict(argument.removeprefix("--").split("=") for argument in arguments[1:])
+        options = dict(argument.removeprefix("--").split("=") for argument in arguments[1:] if "=" in argument)
         seen = {"state": "observation.environment_state", "image": "observation.image"}[options["obs"]]
         write_card(Path(options["root"]), ["observation.state", seen, "action"])
         return 0
@@ -204,10 +204,10 @@ def test_human_demonstrations_are_converted_once(home, conversions, tmp_path, mo
     monkeypatch.setenv("FM_DATA", str(tmp_path))
     first = cli.expand(SUGAR)
     root = value(first, "dataset.root")
-    assert conversions == [["pusht", f"--source={source}", f"--root={root}", "--obs=state"]]
+    assert conversions == [["pusht", f"--source={source}", f"--root={root}", "--obs=state", "--mirror"]]
     assert Path(root).parent == home / "fm_ft"
     assert value(first, "dataset.repo_id") == f"local/{Path(root).name}"
-    assert f"the human demonstrations of {source}" in capsys.readouterr().out
+    assert f"the human demonstrations and their mirror images of {source}" in capsys.readouterr().out
     assert cli.expand(SUGAR) == first
     assert len(conversions) == 1
 
