@@ -50,6 +50,7 @@ def export(checkpoint: Path, folder: Path, device: str = "cpu", half: bool = Fal
     check_free(folder)
     loaded = load_any_checkpoint(checkpoint, device)
     policy = loaded.policy.ema_only()
+    policy.config.pretrained_path = None  # where its base lay on this machine
     weights = {name: _halved(name, value) if half else value for name, value in policy.state_dict().items()}
     with new_folder(folder) as draft:
         policy.save_pretrained(draft, state_dict=weights)

@@ -1,5 +1,7 @@
 """The average of a checkpoint as a checkpoint of its own, by the program that users call."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -28,6 +30,7 @@ def checkpoint(request, tiny, tmp_path):
         for name, weight in policy.named_parameters():
             weight += 0.1 * name.startswith("ema_")
     folder = tmp_path / "checkpoint"
+    policy.config.pretrained_path = "where/its/base/lay"
     for part in (policy, *make(policy.config)):
         part.save_pretrained(folder)
     return folder
@@ -51,6 +54,7 @@ def test_the_average_acts_as_before_and_is_trained_on_from_there(checkpoint, tin
     assert names
     assert all(torch.equal(written[name], averaged[f"ema_{name}"]) for name in names)
     assert int(getattr(policy, "ema_updates", 0)) == 0
+    assert json.loads((tmp_path / "average" / "config.json").read_text())["pretrained_path"] is None
 
 
 def test_half_the_bytes_hold_nearly_the_same(checkpoint, tiny, tmp_path):
