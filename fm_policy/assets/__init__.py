@@ -1,4 +1,4 @@
-"""What ships: a small trained policy for each task that has one, ones of one and two network calls, and demonstrations."""
+"""What ships: a small trained policy for each task that has one, ones of one and two network calls; demonstrations."""
 
 from pathlib import Path
 

@@ -76,10 +76,10 @@ def test_it_measures_itself_without_torch(exported):
 def test_the_range_of_the_data_limits_the_actions(exported):
     settings = json.loads((exported / "settings.json").read_text())
     low, high = settings["action"]["data_min"], settings["action"]["data_max"]
-    assert (low, high) == ([12, 25], [511, 511])  # of the human demonstrations
-    np.testing.assert_allclose(settings["limits"]["low"], [12 - 49.9, 25 - 48.6])
-    np.testing.assert_allclose(settings["limits"]["high"], [511 + 49.9, 511 + 48.6])
-    np.testing.assert_allclose(settings["limits"]["step"], [249.5, 243])
+    assert (low, high) == ([1, 1], [511, 511])  # of the human demonstrations and their mirror images
+    np.testing.assert_allclose(settings["limits"]["low"], [1 - 51, 1 - 51])
+    np.testing.assert_allclose(settings["limits"]["high"], [511 + 51, 511 + 51])
+    np.testing.assert_allclose(settings["limits"]["step"], [255, 255])
 
 
 # What is refused
