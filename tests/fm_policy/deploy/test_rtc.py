@@ -230,7 +230,7 @@ def test_the_gradient_leads_to_what_is_left(policy, moments, settings):
 def test_without_the_gradient_what_is_left_is_kept_to_with_any_number_of_steps(policy, moments, settings, steps):
     settings("ONES", max_guidance_weight=100.0, execution_horizon=12)
     policy.config.rtc_method, policy.config.num_solver_steps = "direct", steps
-    assert nearness(policy, moments)[:4].mean() < 0.15
+    assert nearness(policy, moments)[:4].mean() < 0.2
 
 
 @pytest.mark.parametrize("method", ["gradient", "direct"])
