@@ -162,7 +162,7 @@ def policy(shipped):
 def moments(shipped):
     """Moments of Push-T: what is observed, and what is left of the chunk when the present action has been sent too."""
     env, found = make_env("pusht", False), []
-    for seed in range(4):
+    for seed in range(12):  # 4 of them leave the mean of `nearness` uncertain by a fifth
         seen = readings(*env.reset(seed=seed))
         for executed in (8, 8, 3):
             observed = shipped.preprocessor({"observation.state": torch.tensor(seen, dtype=torch.float32)})
@@ -230,7 +230,7 @@ def test_the_gradient_leads_to_what_is_left(policy, moments, settings):
 def test_without_the_gradient_what_is_left_is_kept_to_with_any_number_of_steps(policy, moments, settings, steps):
     settings("ONES", max_guidance_weight=100.0, execution_horizon=12)
     policy.config.rtc_method, policy.config.num_solver_steps = "direct", steps
-    assert nearness(policy, moments)[:4].mean() < 0.2
+    assert nearness(policy, moments)[:4].mean() < 0.15
 
 
 @pytest.mark.parametrize("method", ["gradient", "direct"])
