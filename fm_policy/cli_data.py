@@ -76,8 +76,8 @@ def _options(key: recipes.RecipeKey) -> list[str]:
     """Of the conversion, where the task has them: what is observed, and every demonstration mirrored, too."""
     from env_configs.demos.__main__ import READERS
 
-    known = READERS[key.env].options
-    return [f"--obs={key.obs}"] * ("obs" in known) + ["--mirror"] * ("mirror" in known)
+    wanted = {"obs": f"--obs={key.obs}", "mirror": "--mirror"}
+    return [flag for option, flag in wanted.items() if option in READERS[key.env].options]
 
 
 def _convert_once(source: Path, key: recipes.RecipeKey, options: list[str]) -> Path:

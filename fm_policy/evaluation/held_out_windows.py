@@ -69,7 +69,7 @@ class HeldOutWindows:
         eval_split: float = 0.05,
         batch_size: int = 64,
     ) -> Self:
-        """Windows of the last episodes of a data set, those that the recipes hold out.
+        """Windows of the last episodes of a data set, which the recipes hold out.
 
         Args:
             root: Folder of a LeRobotDataset.

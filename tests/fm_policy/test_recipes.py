@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -120,6 +121,13 @@ def test_the_recipe_of_the_baseline_names_every_field_and_shares_all_that_it_can
     assert theirs["policy"]["do_mask_loss_for_padding"]
     sizes = [size_of(recipe) for recipe in (theirs, ours)]
     assert sizes[0] == pytest.approx(sizes[1], rel=0.1)
+
+
+@each({key: path for key, path in RECIPES.items() if key.env == "pusht"})
+def test_of_mirrored_demonstrations_whole_pairs_are_held_out(key, path):
+    """LeRobot rounds the number of episodes up; a mirror image that is learned from would tell of the one held out."""
+    share = read(path)["dataset"]["eval_split"]
+    assert math.ceil(206 * 2 * share) == 2 * math.ceil(206 * share) == 22
 
 
 def size_of(recipe: dict) -> int:
