@@ -47,7 +47,7 @@ def flow(checkpoint: Checkpoint, seed: int, samples: int = 24) -> tuple[np.ndarr
     history = {
         name: v.unsqueeze(1) for name, v in observe(checkpoint, observation).items() if name in config.input_features
     }
-    x = sample_noise((samples, config.horizon, 2), torch.Generator().manual_seed(0))
+    x = config.noise_scale * sample_noise((samples, config.horizon, 2), torch.Generator().manual_seed(0))
     states = [x]
     with torch.no_grad():
         o = net.encoder(history).expand(samples, -1)

@@ -23,6 +23,7 @@ def parse() -> argparse.Namespace:
         "--solver",
         help="euler, midpoint, heun, rk4, dopri5; of a diffusion policy ddpm, ddim; the checkpoint's if not given",
     )
+    add("--noise-scale", type=float, help="standard deviation of the noise of chunks; the checkpoint's if not given")
     add("--n-action-steps", type=int, help="actions of a chunk to execute; the checkpoint's if not given")
     add("--batch-size", type=int, help="environments at a time, by default the task's; no number depends on it")
     add("--videos", type=int, default=0, help="episodes to film")
@@ -54,7 +55,7 @@ def evaluate(args: argparse.Namespace) -> None:
     options = parse_options(args.option)
     make_env_config(args.env, **options)  # a wrong one is told before a checkpoint is looked for
     policy = args.policy or default_policy(args.env)
-    checkpoint = load_any_checkpoint(policy, args.device, args.solver, args.nfe)
+    checkpoint = load_any_checkpoint(policy, args.device, args.solver, args.nfe, args.noise_scale)
     seen = {"obs": "image"} if checkpoint.policy.config.image_features else {}
     task = make_env_config(args.env, **seen | options)
     run = Run(**{name: getattr(args, name) for name in names}, packages=SIMULATORS[task.type])

@@ -9,6 +9,7 @@ from lerobot.utils.constants import ACTION
 
 from fm_policy.deploy.rtc import METHODS
 from fm_policy.flow.coupling import COUPLINGS, REFUSED
+from fm_policy.flow.noise import check_noise_scale
 from fm_policy.flow.solvers import SOLVER_CALLS
 from fm_policy.optimizer import FusedAdamWConfig
 from fm_policy.residual.control_synth import LAYOUTS
@@ -76,6 +77,8 @@ class FlowMatchingConfig(WindowedConfig, PreTrainedConfig):
             it, so it must have a fixed grid.
         num_solver_steps: Steps of a fixed-grid solver from noise to chunk; `dopri5` chooses its own. A fine-tuned
             policy belongs to the grid that it was trained through.
+        noise_scale: Standard deviation of the noise that a policy which acts makes its chunks of. Below 1, that of
+            training, they come nearer to one another: smoother, at the price of what is seldom demonstrated.
         variance: Of the likelihood of a reconstruction: `scalar`, eq. (6); `diagonal`, eq. (B.7), one fixed
             `sigma` per element; `learned`, the same with its log-determinant.
         sigma: Standard deviations for `diagonal` (and where `learned` starts), in units of the normalised action:
@@ -166,6 +169,7 @@ class FlowMatchingConfig(WindowedConfig, PreTrainedConfig):
     reflow_steps: int = 16
     solver: str = "euler"
     num_solver_steps: int = 16
+    noise_scale: float = 1.0
 
     variance: str = "scalar"
     sigma: tuple[float, ...] = ()
@@ -246,6 +250,7 @@ class FlowMatchingConfig(WindowedConfig, PreTrainedConfig):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.drop_n_last_frames < 0:  # type: ignore[operator]
             raise ValueError(f"drop_n_last_frames must not be negative, got {self.drop_n_last_frames}")
+        check_noise_scale(self.noise_scale)
         if not 0 < self.rtc_warm_start < 1:
             raise ValueError(f"rtc_warm_start must be a time in (0, 1), got {self.rtc_warm_start}")
         if self.n_action_steps > self.chunk_length:

@@ -241,7 +241,7 @@ class FlowMatchingPolicy(PreTrainedPolicy):
 
         Args:
             batch: As for `forward`.
-            noise: x0, `(B, horizon, action_dim)`; drawn if not given.
+            noise: As for `predict_action_chunk`.
 
         Returns:
             Normalised chunks from the first observation on, `(B, horizon, action_dim)`.
@@ -250,7 +250,7 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         x1 = batch[ACTION]
         noise = independent(x1) if noise is None else noise
         contract.check_noise(noise, tuple(x1.shape))
-        return self.active_net.chunk(self.config, noise.to(x1), self._encode(batch))
+        return self.active_net.chunk(self.config, self.config.noise_scale * noise.to(x1), self._encode(batch))
 
     def update(self) -> None:
         """Move the average of the weights; LeRobot's trainer calls this after every optimiser step."""
@@ -276,7 +276,7 @@ class FlowMatchingPolicy(PreTrainedPolicy):
 
         Args:
             batch: Preprocessed present observation, each feature `(B, *shape)`.
-            noise: x0 of a chunk, if one is computed now, `(B, horizon, action_dim)`.
+            noise: As for `predict_action_chunk`, if a chunk is computed now.
             generator: Source of that noise, if it is not given.
 
         Returns:
@@ -306,8 +306,8 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         Args:
             batch: Preprocessed observations: a history, each feature `(B, n_obs_steps, *shape)`, or one raw
                 frame, `(B, *shape)`, which then stands for the whole history.
-            noise: x0, `(B, horizon, action_dim)`; drawn if not given.
-            generator: Source of x0, if it is not given.
+            noise: Standard normal, `(B, horizon, action_dim)`: x0 is `noise_scale` times it; drawn if not given.
+            generator: Its source, if it is not given.
             inference_delay: In real-time chunking, actions of the last chunk that are executed meanwhile.
             prev_chunk_left_over: What is left of it after the present action, normalised, `(T, action_dim)`; the chunk
                 then goes on from there, see `fm_policy.deploy.rtc`. None: the chunk stands alone.
@@ -325,7 +325,7 @@ class FlowMatchingPolicy(PreTrainedPolicy):
             noise = sample_noise(shape, generator, device=o.device, dtype=o.dtype)
         contract.check_noise(noise, shape)
         v = CountedVelocity(self.active_net.bind(self.config, o))
-        x0, steered, start = noise.to(o), cast(Velocity, v), 0.0
+        x0, steered, start = self.config.noise_scale * noise.to(o), cast(Velocity, v), 0.0
         if prev_chunk_left_over is not None:
             contract.check_left_over(prev_chunk_left_over, self._action_dim, inference_delay)
             x0, steered, start = self._continued(x0, v, prev_chunk_left_over.to(o), inference_delay or 0)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 
+from fm_policy.flow.noise import check_noise_scale
 from fm_policy.windows import WindowedConfig
 
 STOCHASTIC = "ddpm"
@@ -23,6 +24,7 @@ class DiffusionEmaConfig(WindowedConfig, DiffusionConfig):
     Args:
         window_store: See `FlowMatchingConfig`.
         observation_noise: See `FlowMatchingConfig`.
+        noise_scale: See `FlowMatchingConfig`; of DDPM, of what its steps add, too.
         ema_power: Exponent of the average's warm-up, decay = 1 - update^(-power).
         ema_max_decay: Upper bound of the decay.
     """
@@ -33,6 +35,7 @@ class DiffusionEmaConfig(WindowedConfig, DiffusionConfig):
     drop_n_last_frames: int = 8
     window_store: bool = False
     observation_noise: float = 0.0
+    noise_scale: float = 1.0
 
     normalization_mapping: dict[str, NormalizationMode] = field(
         default_factory=lambda: {
@@ -53,6 +56,7 @@ class DiffusionEmaConfig(WindowedConfig, DiffusionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_noise_scale(self.noise_scale)
         if not 0 <= self.observation_noise < math.inf:
             raise ValueError(f"observation_noise must be finite and 0 or more, got {self.observation_noise}")
 

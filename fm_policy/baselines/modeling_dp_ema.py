@@ -34,7 +34,8 @@ class RepeatableDiffusion(DiffusionModel):
             batch_size: Number of chunks, B.
             global_cond: Features of the observations, `(B, obs_dim)`.
             generator: Source of the noise, if it is not given.
-            noise: `(B, *config.noise_shape)`: the start and, for DDPM, what each step but the last one adds.
+            noise: Standard normal, `(B, *config.noise_shape)`, which `noise_scale` is multiplied with: the start and,
+                for DDPM, what each step but the last one adds.
 
         Returns:
             Normalised chunks, `(B, horizon, action_dim)`.
@@ -44,7 +45,7 @@ class RepeatableDiffusion(DiffusionModel):
         if noise is None:
             noise = torch.randn(shape, generator=generator, device=global_cond.device, dtype=global_cond.dtype)
         contract.check_noise(noise, shape)
-        x, *added = noise.to(global_cond).view(batch_size, -1, *shape[-2:]).unbind(dim=1)
+        x, *added = (config.noise_scale * noise.to(global_cond)).view(batch_size, -1, *shape[-2:]).unbind(dim=1)
         stochastic = config.solver == STOCHASTIC
         scheduler = DDIMScheduler.from_config(self.noise_scheduler.config)
         scheduler.set_timesteps(config.num_solver_steps)

@@ -1,6 +1,6 @@
 """A policy as one graph, from the noise and what a robot observes to what it shall do.
 
-    noise            (1, horizon, action_dim)
+    noise            (1, horizon, action_dim)         standard normal, whatever the policy's `noise_scale`
     <numbers>        (1, n_obs_steps, *shape)         float32, in the robot's units
     <image>          (1, n_obs_steps, H, W, C)        uint8
     actions          (1, chunk_length, action_dim)    float32, in the robot's units, from the present on
@@ -72,7 +72,7 @@ class Whole(nn.Module):
 
     def forward(self, noise: Tensor, observation: dict[str, Tensor]) -> Tensor:
         """See the module."""
-        return self.decode(self.net.chunk(self.config, noise, self.encode(observation)))
+        return self.decode(self.net.chunk(self.config, self.config.noise_scale * noise, self.encode(observation)))
 
 
 class Step(nn.Module):
@@ -174,7 +174,7 @@ def write_onnx(checkpoint: Policy, file: Path) -> None:
     import onnx
 
     legs = _legs(checkpoint)
-    model = _assemble(_trace(checkpoint, legs), legs)
+    model = _assemble(_trace(checkpoint, legs), legs, checkpoint.policy.config.noise_scale)
     onnx.checker.check_model(model)
     onnx.save(model, file)
 
@@ -199,8 +199,8 @@ def _trace(checkpoint: Policy, legs: list[Leg]) -> "ModelProto":
     return model
 
 
-def _assemble(parts: "ModelProto", legs: list[Leg]) -> "ModelProto":
-    """The parts behind one another: encode, loop over each leg's times, decode."""
+def _assemble(parts: "ModelProto", legs: list[Leg], noise_scale: float) -> "ModelProto":
+    """The parts behind one another: encode, scale the noise, loop over each leg's times, decode."""
     from onnx import TensorProto, helper, numpy_helper
     from onnx.utils import Extractor
 
@@ -210,13 +210,16 @@ def _assemble(parts: "ModelProto", legs: list[Leg]) -> "ModelProto":
     shape = [dim.dim_value for dim in decode.input[0].type.tensor_type.shape.dim]
     noise = helper.make_tensor_value_info("noise", TensorProto.FLOAT, shape)
     nodes = [*encode.node, helper.make_node("Identity", ["features"], ["o"])]
-    state = noise.name
+    nodes.append(helper.make_node("Mul", [noise.name, "noise_scale"], ["x0"]))
+    state = "x0"
     for leg in legs:
         body = extract(["x", "t", "o"], [leg.name]).graph
         nodes.append(_loop(body, [state, f"{leg.name}.times"], f"{leg.name}.end"))
         state = f"{leg.name}.end"
     nodes += [helper.make_node("Identity", [state], ["chunk"]), *decode.node]
-    weights = [*parts.graph.initializer, *(numpy_helper.from_array(leg.times, f"{leg.name}.times") for leg in legs)]
+    constants = {"noise_scale": np.float32(noise_scale)} | {f"{leg.name}.times": leg.times for leg in legs}
+    weights = [*parts.graph.initializer]
+    weights += [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
     graph = helper.make_graph(nodes, "policy", [*encode.input, noise], decode.output, weights)
     return helper.make_model(graph, opset_imports=parts.opset_import, ir_version=parts.ir_version)
 

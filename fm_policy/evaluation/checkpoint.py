@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from fm_policy.evaluation.inference import Processor
 from fm_policy.evaluation.policies import POLICIES, ChunkPolicy
 from fm_policy.evaluation.report import nfe_text
+from fm_policy.flow.noise import check_noise_scale
 from fm_policy.modeling_fm_ft import FlowMatchingPolicy
 
 FILES = ("config.json", "model.safetensors", "policy_preprocessor.json", "policy_postprocessor.json")
@@ -42,14 +43,22 @@ class Checkpoint[P: ChunkPolicy]:
 
 
 def load_checkpoint(
-    path: Path, device: str = "cpu", solver: str | None = None, nfe: int | None = None
+    path: Path,
+    device: str = "cpu",
+    solver: str | None = None,
+    nfe: int | None = None,
+    noise_scale: float | None = None,
 ) -> Checkpoint[FlowMatchingPolicy]:
     """Load a checkpoint of the flow-matching policy, see `load_any_checkpoint`."""
-    return _load(FlowMatchingPolicy, path, device, solver, nfe)
+    return _load(FlowMatchingPolicy, path, device, solver, nfe, noise_scale)
 
 
 def load_any_checkpoint(
-    path: Path, device: str = "cpu", solver: str | None = None, nfe: int | None = None
+    path: Path,
+    device: str = "cpu",
+    solver: str | None = None,
+    nfe: int | None = None,
+    noise_scale: float | None = None,
 ) -> Checkpoint[ChunkPolicy]:
     """Load a checkpoint of any policy that can be evaluated, in evaluation mode.
 
@@ -58,18 +67,19 @@ def load_any_checkpoint(
         device: Where to run the policy.
         solver: Another solver than the checkpoint's.
         nfe: Another number of network calls per chunk than the checkpoint's.
+        noise_scale: Another standard deviation of the noise that chunks are made of than the checkpoint's.
 
     Raises:
-        ValueError: If the folder is no checkpoint of such a policy, or device, solver or NFE cannot be had.
+        ValueError: If the folder is no checkpoint of such a policy, or device, solver, NFE or scale cannot be had.
     """
     kind = _kind(path)
     if kind not in POLICIES:
         raise ValueError(f"{path} holds a policy of type {kind!r}, expected one of {sorted(POLICIES)}")
-    return _load(POLICIES[kind], path, device, solver, nfe)
+    return _load(POLICIES[kind], path, device, solver, nfe, noise_scale)
 
 
 def _load[P: ChunkPolicy](
-    policy_class: type[P], path: Path, device: str, solver: str | None, nfe: int | None
+    policy_class: type[P], path: Path, device: str, solver: str | None, nfe: int | None, noise_scale: float | None
 ) -> Checkpoint[P]:
     kind = _kind(path)
     if kind != policy_class.name:
@@ -79,6 +89,9 @@ def _load[P: ChunkPolicy](
     config.device = device
     own = _inference(config)
     config.set_solver(solver, nfe)
+    if noise_scale is not None:
+        check_noise_scale(noise_scale)
+        config.noise_scale = noise_scale
     now = _inference(config)
     relation = "the checkpoint was fine-tuned through" if config.trained_through_solver else "the checkpoint's own is"
     note = "" if now == own else f"evaluating with {now}; {relation} {own}"
@@ -127,9 +140,9 @@ def fingerprint(path: Path) -> str:
 
 
 def _inference(config: Any) -> str:
-    if config.nfe is None:
-        return config.solver
-    return f"{config.solver} at {nfe_text({'nfe': config.nfe, 'head_nfe': config.head_nfe})}"
+    calls = "" if config.nfe is None else f" at {nfe_text({'nfe': config.nfe, 'head_nfe': config.head_nfe})}"
+    noise = "" if config.noise_scale == 1 else f" from noise of {config.noise_scale:g}"
+    return f"{config.solver}{calls}{noise}"
 
 
 def _kind(path: Path) -> str | None:

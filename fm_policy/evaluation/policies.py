@@ -5,6 +5,7 @@ it called its network. Its configuration names, beside LeRobot's features and `n
 
     noise_shape              of all random numbers of a chunk: given them, nothing is left to chance
     chunk_length             actions from the present on that a chunk holds
+    noise_scale              standard deviation that the policy gives them
     solver, num_solver_steps how noise becomes a chunk; `set_solver` chooses another way
     nfe, head_nfe            calls per chunk of the network (None: chosen by the solver) and of a head behind it
     trained_through_solver   whether the policy belongs to this solver and these steps

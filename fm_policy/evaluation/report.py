@@ -65,6 +65,8 @@ def as_text(summary: dict[str, Any]) -> str:
     ]
     if summary["repeats"] > 1:
         lines.insert(2, f"best of {summary['repeats']:<2d} {summary['best_of_r']:.3f}")
+    if (scale := summary.get("noise_scale", 1)) != 1:  # the oldest summaries lack it
+        lines[-1] += f", of noise scaled by {scale:g}"
     if (jitter := summary["measures"].get("jitter")) is not None:
         lines.append(f"jitter     {jitter:.3g}  mean square of the actions' second difference, in the task's units")
     if noise := summary.get("observation_noise"):

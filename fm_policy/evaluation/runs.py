@@ -28,7 +28,7 @@ from fm_policy.files import write_json
 from fm_policy.sources import source_fingerprint
 
 # Settings that the oldest records lack, and what held then.
-ADDED_SETTINGS: dict[str, Any] = {"observation_noise": 0.0}
+ADDED_SETTINGS: dict[str, Any] = {"observation_noise": 0.0, "noise_scale": 1.0}
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,7 @@ def _settings(
         "repeats": run.repeats,
         "solver": config.solver,
         "num_solver_steps": config.num_solver_steps,
+        "noise_scale": config.noise_scale,
         "n_action_steps": sampler.n_action_steps,
         "observation_noise": run.observation_noise,
         "device": config.device,

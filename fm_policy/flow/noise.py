@@ -1,5 +1,6 @@
 """The one source of noise, for training and for inference alike; and noise on what is observed."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -27,6 +28,16 @@ def sample_noise(
         return torch.randn(*shape, device=device, dtype=dtype)
     noise = torch.randn(*shape, generator=generator, device=generator.device, dtype=dtype)
     return noise.to(device) if device is not None else noise
+
+
+def check_noise_scale(scale: float) -> None:
+    """Refuse a standard deviation of x0 that none is.
+
+    Raises:
+        ValueError: If it is negative or not finite.
+    """
+    if not 0 <= scale < math.inf:
+        raise ValueError(f"noise_scale must be finite and 0 or more, got {scale}")
 
 
 def disturbed(batch: Mapping[str, Tensor], names: Iterable[str], size: float) -> dict[str, Tensor]:

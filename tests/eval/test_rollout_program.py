@@ -93,6 +93,7 @@ def wait_for_rows(path, count: int, process: subprocess.Popen, seconds: float = 
         (["--repeats", "0"], "repeats must be at least 1, got 0"),
         (["--n-action-steps", "99"], "n_action_steps must be from 1 to .* got 99"),
         (["--solver", "heun", "--nfe", "5"], "heun calls the network 2 times per step.* got 5"),
+        (["--noise-scale", "-1"], "noise_scale must be finite and 0 or more, got -1"),
         (["--policy", "nowhere"], "no checkpoint: nowhere is no folder"),
         (["--out", "."], r"\. is not empty"),
     ],

@@ -186,6 +186,32 @@ class TestInference:
         noise = sample_noise((4, 16, 3), torch.Generator().manual_seed(5))
         assert torch.equal(policy.predict_action_chunk(frame, noise=noise), chunk(5))
 
+    def test_the_noise_of_a_policy_that_acts_is_scaled_and_that_of_its_training_is_not(self, tiny):
+        torch.manual_seed(0)
+        policy = tiny.policy(stage="finetune").eval()
+        frame, windows, noise = tiny.frame(policy.config), tiny.windows(policy.config), torch.randn(4, 16, 3)
+
+        def drawn():
+            return policy.predict_action_chunk(frame, generator=torch.Generator().manual_seed(5))
+
+        def loss():
+            policy.training_steps.zero_()  # which with the seed decides what is drawn
+            torch.manual_seed(1)
+            return policy.train()(windows)[0].item()
+
+        expected = policy.predict_action_chunk(frame, noise=0.5 * noise), policy.reconstruct(windows, 0.5 * noise)
+        whole, before = drawn(), loss()
+        policy.eval().config.noise_scale = 0.5
+        assert torch.equal(policy.predict_action_chunk(frame, noise=noise), expected[0])
+        assert torch.equal(policy.reconstruct(windows, noise), expected[1])
+        assert not torch.equal(drawn(), whole)
+        assert loss() == before
+
+    @pytest.mark.parametrize("scale", [-0.1, float("nan"), float("inf")])
+    def test_a_scale_of_noise_that_none_is_is_refused(self, tiny, scale):
+        with pytest.raises(ValueError, match=f"noise_scale must be finite and 0 or more, got {scale}"):
+            tiny.policy(noise_scale=scale)
+
     def test_a_raw_frame_stands_for_the_whole_history(self, tiny):
         policy = tiny.policy(n_obs_steps=2).eval()
         frame = tiny.frame(policy.config)

@@ -86,7 +86,7 @@ def fill(layout: Layout, folder: Path, make_task: MakeTask, device: str, rank: R
     """Yield every cell, row by row, evaluated now unless it was before.
 
     Each lives in a folder of its own whose name is a fingerprint of all that decides its rows, checkpoint, task, seeds,
-    solver, calls and versions, so that nothing is ever mixed with what another table, checkpoint or version left.
+    solver, calls, noise and versions: nothing is ever mixed with what another table, checkpoint or version left.
 
     Args:
         layout: What the table shows.
@@ -126,14 +126,14 @@ def _load(
 ) -> tuple[Checkpoint[ChunkPolicy], EnvConfig, tuple[str, ...]]:
     path = row.policy_for(column)
     assert path is not None  # `fill` leaves such cells out
-    checkpoint = load_any_checkpoint(path, device, row.solver, row.nfe)
+    checkpoint = load_any_checkpoint(path, device, row.solver, row.nfe, row.noise_scale)
     return checkpoint, *make_task(column, bool(checkpoint.policy.config.image_features))
 
 
 def _fingerprint(checkpoint: Checkpoint[ChunkPolicy], task: EnvConfig, run: Run) -> str:
     config = checkpoint.policy.config
     parts = [
-        *(checkpoint.fingerprint, config.solver, config.num_solver_steps, config.device),
+        *(checkpoint.fingerprint, config.solver, config.num_solver_steps, config.noise_scale, config.device),
         *(describe_task(task, run.packages), versions(PACKAGES)),
         *(run.seed, run.episodes, run.repeats),
     ]

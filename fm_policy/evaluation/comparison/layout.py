@@ -9,7 +9,8 @@ As JSON:
      "tasks": [{"env": "pusht_b", "episodes": 500, "repeats": 2, "seed": 1000, "demonstrations": "data/pusht"}]}
 
 Several `nfe` make a row of each; a `run` of LeRobot's trainer makes a row of each of its checkpoints. `policy` is one
-folder, or one for each task. `solver`, `nfe` and `repeats` are the checkpoint's and the task's unless they are named.
+folder, or one for each task. `solver`, `nfe`, `noise_scale` and `repeats`, unless named, are the checkpoint's and the
+task's.
 With `demonstrations`, a LeRobotDataset whose last 5 % of the episodes no method has learned from, the reconstruction
 error of every flow policy is measured there, and held against its success.
 """
@@ -18,6 +19,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+HOW = ("solver", "noise_scale", "repeats")
+"""What a method may say of its rows."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Row:
         policies: Folder of the checkpoint by task; under None the one for all of them.
         nfe: Network calls per chunk; None: the checkpoint's.
         solver: None: the checkpoint's.
+        noise_scale: None: the checkpoint's.
         repeats: Episodes of each seed; None: the column's.
         step: Training step, where the row is one checkpoint of a run.
     """
@@ -39,6 +44,7 @@ class Row:
     policies: Mapping[str | None, Path]
     nfe: int | None = None
     solver: str | None = None
+    noise_scale: float | None = None
     repeats: int | None = None
     step: int | None = None
 
@@ -102,7 +108,7 @@ def _column(task: Mapping[str, Any]) -> Column:
 
 
 def _rows(method: Mapping[str, Any]) -> Iterator[Row]:
-    _check_names(method, "a method", {"name"}, {"policy", "run", "nfe", "solver", "repeats"})
+    _check_names(method, "a method", {"name"}, {"policy", "run", "nfe", *HOW})
     if ("policy" in method) == ("run" in method):
         raise ValueError(f"method {method['name']!r} needs either a policy, a checkpoint's folder, or a run")
     nfe = method.get("nfe")
@@ -112,7 +118,8 @@ def _rows(method: Mapping[str, Any]) -> Iterator[Row]:
         for number in calls:
             marks = [str(number)] * (len(calls) > 1) + [f"step {step}"] * (step is not None)
             name = " ".join([method["name"], *marks])
-            yield Row(name, method["name"], policies, number, method.get("solver"), method.get("repeats"), step)
+            how = {key: method.get(key) for key in HOW}
+            yield Row(name, method["name"], policies, number, **how, step=step)
 
 
 def _policies(policy: str | Mapping[str, str]) -> dict[str | None, Path]:

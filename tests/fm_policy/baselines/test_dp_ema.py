@@ -56,6 +56,16 @@ def test_chunks_are_lerobots_for_the_same_noise(kind, steps):
     torch.testing.assert_close(chunk, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["DDPM", "DDIM"])
+def test_its_noise_is_scaled_like_ours(kind):
+    steps = {"noise_scheduler_type": kind, "num_inference_steps": 4}
+    noise = torch.randn(3, 4, 16, 2) if kind == "DDPM" else torch.randn(3, 16, 2)
+    chunk = policy(**steps, noise_scale=0.5).eval().predict_action_chunk(windows(3), noise=noise)
+    assert torch.equal(chunk, policy(**steps).eval().predict_action_chunk(windows(3), noise=0.5 * noise))
+    with pytest.raises(ValueError, match="noise_scale must be finite and 0 or more, got -1"):
+        config(noise_scale=-1.0)
+
+
 def test_every_reverse_step_of_ddpm_but_the_last_adds_noise_of_its_own():
     ours = policy(num_inference_steps=4).eval()
     noise, batch = torch.randn(1, 4, 16, 2), {name: windows(1)[name] for name in INPUTS}

@@ -44,7 +44,7 @@ UNET = {"stage": "residual", "head": "unet", "head_steps": 2}
 MEAN_STD = dict.fromkeys(("VISUAL", "STATE", "ENV", "ACTION"), "MEAN_STD")
 
 CASES = {
-    "unet, no head, state": {"input_features": STATE, "solver": "heun"},
+    "unet, no head, state, noise scaled": {"input_features": STATE, "solver": "heun", "noise_scale": 0.6},
     "unet, synth head, two vectors": SYNTH | {"input_features": NUMBERS, "n_obs_steps": 2},
     "unet, unet head, camera cropped, keypoints, batch norm": UNET
     | {"input_features": CAMERA, "crop_shape": (28, 30), "use_group_norm": False, "spatial_softmax_num_keypoints": 4},
@@ -140,7 +140,7 @@ def test_the_exported_policy_acts_like_select_action(fields, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch's loader
 def test_torch_exports_graph_has_the_same_signature(tmp_path):
-    checkpoint = save(tmp_path / "checkpoint", **SYNTH, input_features=NUMBERS, n_obs_steps=2)
+    checkpoint = save(tmp_path / "checkpoint", **SYNTH, input_features=NUMBERS, n_obs_steps=2, noise_scale=0.6)
     export(tmp_path / "checkpoint", tmp_path / "out", form="pt2")
     module = torch.export.load(tmp_path / "out" / "policy.pt2").module()
 

@@ -118,6 +118,14 @@ def test_another_nfe_than_the_checkpoints_is_said(checkpoint):
     assert changed.policy.nfe == 8
 
 
+def test_another_scale_of_noise_than_the_checkpoints_is_said(checkpoint):
+    changed = load_checkpoint(checkpoint.path, noise_scale=0.75)
+    note = "evaluating with euler at NFE 2 from noise of 0.75; the checkpoint's own is euler at NFE 2"
+    assert (changed.note, changed.policy.config.noise_scale) == (note, 0.75)
+    with pytest.raises(ValueError, match="noise_scale must be finite and 0 or more, got -1"):
+        load_checkpoint(checkpoint.path, noise_scale=-1.0)
+
+
 def test_the_calls_of_a_head_are_said_beside_the_nets(make_checkpoint):
     path = make_checkpoint(stage="residual", head="unet", head_steps=3).path
     note = "evaluating with heun at NFE 4 + 3; the checkpoint was fine-tuned through euler at NFE 2 + 3"

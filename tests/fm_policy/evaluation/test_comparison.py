@@ -134,7 +134,7 @@ def test_nothing_is_run_twice_and_what_a_kill_left_goes_on(filled, make_task, tm
     assert again[1].summary["episodes_run_now"] == 3
 
 
-def test_rows_of_another_checkpoint_task_seed_or_solver_are_never_taken(
+def test_rows_of_another_checkpoint_task_seed_solver_or_noise_are_never_taken(
     filled, make_checkpoint, short_pusht, make_task
 ):
     folder, layout, cells = filled
@@ -143,12 +143,13 @@ def test_rows_of_another_checkpoint_task_seed_or_solver_are_never_taken(
         describe(make_checkpoint(horizon=24).path),
         describe(path, tasks=[TASK | {"seed": 8}]),
         describe(path, methods=[{"name": "FM 2", "policy": str(path), "nfe": 2, "solver": "heun"}]),
+        describe(path, methods=[{"name": "FM 2", "policy": str(path), "nfe": 2, "noise_scale": 0.5}]),
     ]
     known = {cell.folder for cell in cells}
     found = {next(fill(read_layout(other), folder, make_task, "cpu")).folder for other in others}
     longer = type(short_pusht)(episode_length=20)
     found.add(next(fill(layout, folder, lambda column, images: (longer, ("gym-pusht",)), "cpu")).folder)
-    assert len(found) == 4 and not found & known
+    assert len(found) == 5 and not found & known
     assert {cell.folder for cell in fill(layout, folder, make_task, "cpu")} == known
 
 

@@ -6,6 +6,7 @@ import pytest
 from filelock import FileLock
 
 from env_configs import make_env_config
+from fm_policy.evaluation.checkpoint import load_checkpoint
 from fm_policy.evaluation.episodes import read_episodes
 from fm_policy.evaluation.report import as_text, chunk_times, summarise
 from fm_policy.evaluation.rollouts import evaluate
@@ -96,7 +97,7 @@ def test_a_broken_evaluation_ends_with_the_rows_of_an_unbroken_one(finished, che
 
 def test_an_evaluation_from_before_there_was_noise_or_jitter_is_continued(finished, checkpoint, short_pusht, tmp_path):
     settings = json.loads((finished[0] / "run.json").read_text())
-    assert settings.pop("observation_noise") == 0
+    assert (settings.pop("observation_noise"), settings.pop("noise_scale")) == (0, 1)
     (tmp_path / "run.json").write_text(json.dumps(settings))
     old = [json.loads(line) for line in (finished[0] / "episodes.jsonl").read_text().splitlines()[:7]]
     lines = [json.dumps({name: value for name, value in row.items() if name != "jitter"}) for row in old]
@@ -119,6 +120,16 @@ def test_noise_in_observations_is_told(checkpoint, short_pusht, tmp_path):
     text = as_text(summary)
     assert "noise      0.1 in every normalised number of the observations" in text
     assert f"jitter     {jitter.mean():.3g}  " in text
+
+
+def test_scaled_noise_is_told_and_not_mixed_with_other(checkpoint, short_pusht, tmp_path):
+    scaled = load_checkpoint(checkpoint.path, noise_scale=0.5)
+    few = replace(RUN, episodes=1, repeats=1)
+    summary = evaluate_into(tmp_path, scaled, short_pusht, few)
+    assert summary["noise_scale"] == 0.5
+    assert "per chunk, of noise scaled by 0.5\n" in as_text(summary)
+    with pytest.raises(ValueError, match=r"noise_scale: 0.5 there, 1.0 now"):
+        evaluate_into(tmp_path, checkpoint, short_pusht, few, resume=True)
 
 
 def test_resuming_in_an_empty_folder_starts(checkpoint, short_pusht, tmp_path):
