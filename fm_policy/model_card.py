@@ -20,7 +20,7 @@ tags: [lerobot, robotics, flow-matching, fm_ft]
 | observes | {observes} (history of {n_obs_steps}) |
 | predicts | {predicts}, a chunk of {horizon}, {n_action_steps} executed |
 | velocity net | {velocity_net} |
-| solver | {solver}, {nfe} network calls per chunk |
+| solver | {solver}, {nfe} network calls per chunk{noise} |
 {head}| coupling | {coupling} |
 | moving average of weights | {use_ema} |
 
@@ -60,6 +60,7 @@ def render(config: FlowMatchingConfig) -> str:
         velocity_net=config.velocity_net,
         solver=config.solver,
         nfe=config.nfe or "adaptively many",
+        noise="" if config.noise_scale == 1 else f", noise scaled by {config.noise_scale:g}",
         head=_head_row(config),
         coupling=config.coupling,
         use_ema="yes" if config.use_ema else "no",

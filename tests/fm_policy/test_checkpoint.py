@@ -50,11 +50,11 @@ def test_actions_are_bitwise_equal_after_save_and_load(tiny, tmp_path, changes):
 
 
 def test_card_and_safetensors_and_nothing_pickled(tiny, tmp_path):
-    tiny.policy().save_pretrained(tmp_path)
+    tiny.policy(noise_scale=0.75).save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "README.md"}
     card = (tmp_path / "README.md").read_text()
     assert "library_name: lerobot" in card
-    assert "euler, 4 network calls per chunk" in card
+    assert "euler, 4 network calls per chunk, noise scaled by 0.75" in card
 
 
 def test_weights_that_do_not_fit_are_named(tiny, tmp_path):
