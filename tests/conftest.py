@@ -1,13 +1,17 @@
 """Fixtures shared by all rooms."""
 
+import atexit
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 import pytest
 
 # Before LeRobot is imported: tests must not fill the user's own home with data sets and window stores.
-os.environ["HF_LEROBOT_HOME"] = tempfile.mkdtemp(prefix="lerobot-home-")
+HOME = tempfile.mkdtemp(prefix="lerobot-home-")
+atexit.register(shutil.rmtree, HOME, ignore_errors=True)
+os.environ["HF_LEROBOT_HOME"] = HOME
 os.environ["HF_HUB_OFFLINE"] = "1"
 # The nets of the tests are small: threads would wait for one another longer than they compute.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
