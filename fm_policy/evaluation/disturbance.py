@@ -32,8 +32,8 @@ class Pieces:
         return self._net.encoder(dict(observation))
 
     def flow(self, x0: Tensor, o: Tensor) -> Tensor:
-        """From noise to x(1) on the configured grid."""
-        return self._net.flow(self._config, x0, o)
+        """From noise, standard normal, to x(1) on the configured grid."""
+        return self._net.flow(self._config, self._config.noise_scale * x0, o)
 
     def head(self, x1: Tensor, o: Tensor) -> Tensor:
         """From x(1) to x(1 + T_r); the identity where there is no head."""

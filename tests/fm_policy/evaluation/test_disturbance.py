@@ -51,7 +51,9 @@ def linear_head(residual):
     return make
 
 
-@pytest.mark.parametrize("fields", [{}, {"stage": "residual", "head": "control_synth", "n_obs_steps": 2}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"stage": "residual", "head": "control_synth", "n_obs_steps": 2, "noise_scale": 0.5}]
+)
 def test_pieces_make_the_map_of_the_robot(make_checkpoint, fields):
     policy = make_checkpoint(**fields).policy
     steps = policy.config.n_obs_steps
