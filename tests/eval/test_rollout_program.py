@@ -23,7 +23,8 @@ def test_evaluates_the_shipped_policy_and_writes_it_down(rollout, tmp_path, caps
     out = tmp_path / "new" / "folder"
     rollout("--episodes", 3, "--repeats", 2, "--nfe", 1, "--out", out, "--videos", 1)
     printed = capsys.readouterr()
-    assert "evaluating with euler at NFE 1; the checkpoint's own is " in printed.out
+    noise = "from noise of 0.75"
+    assert f"with euler at NFE 1 {noise}; the checkpoint's own is euler at NFE 16 {noise}\n" in printed.out
     assert "3 seeds x 2 repeats, NFE 1 per chunk" in printed.out
     assert "6/6" in printed.err and "score=" in printed.err and "success=" in printed.err
     assert {path.name for path in out.iterdir()} == {"run.json", "episodes.jsonl", "summary.json", "videos"}

@@ -69,7 +69,7 @@ SET_BY = {
 }
 ALWAYS_TAKEN = {
     *stages.INHERITED,
-    *("n_action_steps", "drop_n_last_frames", "crop_is_random", "transformer_dropout"),
+    *("n_action_steps", "noise_scale", "drop_n_last_frames", "crop_is_random", "transformer_dropout"),
     *("optimizer_lr", "optimizer_betas", "optimizer_weight_decay", "scheduler_name", "scheduler_warmup_steps"),
 }
 # LeRobot drops a list from a recipe that starts from a policy: the base's holds, or the command line's.

@@ -15,7 +15,13 @@ HEADER = (
     *("method", "best of R / mean score", "success [95 %]", "network calls", "ms per chunk"),
     *("success minus {base}", "wins : losses, sign test", "score minus {base}"),
 )
-SOURCE = ("method", "policy", "policy_fingerprint", "solver")
+SOURCE = {
+    "method": "method",
+    "policy": "folder",
+    "policy_fingerprint": "SHA-256",
+    "solver": "solver",
+    "noise_scale": "noise scaled by",
+}
 NOTES = (
     "Score: an episode's largest reward. Best of R: mean over the starts of the best of R episodes; it grows with R, so"
     " that only rows of one R can be compared in it. Mean: of all episodes.",
@@ -55,6 +61,7 @@ def _record(cell: Cell, base: Cell | None) -> dict[str, Any]:
         "nfe": summary["nfe"],
         "head_nfe": summary["head_nfe"],
         "solver": summary["solver"],
+        "noise_scale": summary["noise_scale"],
         "ms_per_chunk": cell.ms_per_chunk,
         "held_out_error": cell.error and cell.error[0],
         **_ends("held_out_error", cell.error and cell.error[1]),
@@ -125,8 +132,9 @@ def as_html(table: Sequence[Mapping[str, Any]], base: str, pictures: Mapping[str
         for caption, address in pictures.get(task, {}).items():
             text = html.escape(caption)
             parts.append(f'<figure><img alt="{text}" src="{address}"><figcaption>{text}</figcaption></figure>')
-    parts.append("<h2>Checkpoints</h2><table><tr><th>method</th><th>folder</th><th>SHA-256</th><th>solver</th></tr>")
-    used = dict.fromkeys(tuple(line[name] for name in SOURCE) for line in table)
+    head = "".join(f"<th>{text}</th>" for text in SOURCE.values())
+    parts.append(f"<h2>Checkpoints</h2><table><tr>{head}</tr>")
+    used = dict.fromkeys(tuple(str(line[name]) for name in SOURCE) for line in table)
     parts += [*(_html_row([*texts], is_base=False) for texts in used), "</table>"]
     notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in NOTES)
     head = f'<meta charset="utf-8"><title>Methods and tasks</title><style>{STYLE}</style>'

@@ -235,7 +235,7 @@ def test_the_page_needs_no_other_file_and_shows_every_picture(told, filled):
     assert page.count("<img ") == len(drawn) == 3
     assert page.count('src="') == page.count('src="data:image/svg+xml;base64,')
     assert "href=" not in page and page.count('<tr class="base">') == 1
-    assert all(cell.summary["policy"]["fingerprint"] in page for cell in cells)
+    assert all(f"{cell.summary['policy']['fingerprint']}</td><td>euler</td><td>1.0</td>" in page for cell in cells)
 
 
 def test_every_number_of_calls_of_a_method_is_drawn(filled, monkeypatch):
