@@ -127,7 +127,7 @@ def measure(checkpoint: "Checkpoint", args: argparse.Namespace, progress: "tqdm"
 
     config, net = checkpoint.policy.config, checkpoint.policy.active_net.requires_grad_(False)
     batch, noise = held_out_windows(checkpoint, args)
-    x0, draws = checkpoint.policy.config.noise_scale * noise.flatten(0, 1), len(noise)
+    x0, draws = config.noise_scale * noise.flatten(0, 1), len(noise)
     target, padding = batch[ACTION].repeat(draws, 1, 1), batch[f"{ACTION}_is_pad"].repeat(draws, 1)
     with torch.no_grad():
         o = net.encoder(batch).repeat(draws, 1)

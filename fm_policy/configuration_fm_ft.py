@@ -78,7 +78,7 @@ class FlowMatchingConfig(WindowedConfig, PreTrainedConfig):
         num_solver_steps: Steps of a fixed-grid solver from noise to chunk; `dopri5` chooses its own. A fine-tuned
             policy belongs to the grid that it was trained through.
         noise_scale: Standard deviation of the noise that a policy which acts makes its chunks of. Below 1, that of
-            training, they come nearer to one another: smoother, at the price of what is seldom demonstrated.
+            training, they come nearer to one another and are smoother.
         variance: Of the likelihood of a reconstruction: `scalar`, eq. (6); `diagonal`, eq. (B.7), one fixed
             `sigma` per element; `learned`, the same with its log-determinant.
         sigma: Standard deviations for `diagonal` (and where `learned` starts), in units of the normalised action:

@@ -10,9 +10,8 @@ As JSON:
 
 Several `nfe` make a row of each; a `run` of LeRobot's trainer makes a row of each of its checkpoints. `policy` is one
 folder, or one for each task. `solver`, `nfe`, `noise_scale` and `repeats`, unless named, are the checkpoint's and the
-task's.
-With `demonstrations`, a LeRobotDataset whose last 5 % of the episodes no method has learned from, the reconstruction
-error of every flow policy is measured there, and held against its success.
+task's. With `demonstrations`, a LeRobotDataset whose last 5 % of the episodes no method has learned from, the
+reconstruction error of every flow policy is measured there, and held against its success.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-HOW = ("solver", "noise_scale", "repeats")
-"""What a method may say of its rows."""
+HOW = {"solver": (str,), "noise_scale": (int, float), "repeats": (int,)}
+"""What a method may say of its rows, in which JSON types."""
 
 
 @dataclass(frozen=True)
@@ -113,12 +112,16 @@ def _rows(method: Mapping[str, Any]) -> Iterator[Row]:
         raise ValueError(f"method {method['name']!r} needs either a policy, a checkpoint's folder, or a run")
     nfe = method.get("nfe")
     calls = nfe if isinstance(nfe, list) else [nfe]
+    how = {key: method.get(key) for key in HOW}
+    for number in calls:
+        _check_type(method["name"], "nfe", number, (int,))
+    for key, value in how.items():
+        _check_type(method["name"], key, value, HOW[key])
     checkpoints = _checkpoints(Path(method["run"])) if "run" in method else {None: _policies(method["policy"])}
     for step, policies in checkpoints.items():
         for number in calls:
             marks = [str(number)] * (len(calls) > 1) + [f"step {step}"] * (step is not None)
             name = " ".join([method["name"], *marks])
-            how = {key: method.get(key) for key in HOW}
             yield Row(name, method["name"], policies, number, **how, step=step)
 
 
@@ -132,6 +135,12 @@ def _checkpoints(run: Path) -> dict[int | None, dict[str | None, Path]]:
     if not folders:
         raise ValueError(f"{run} is no training run: it holds no checkpoints/<step>/pretrained_model")
     return {int(folder.parent.name): {None: folder} for folder in folders}
+
+
+def _check_type(method: str, key: str, value: object, kinds: tuple[type, ...]) -> None:
+    if value is not None and type(value) not in kinds:
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"{key} of method {method!r} must be of type {wanted}, got {value!r}")
 
 
 def _check_names(part: Mapping[str, Any], what: str, needed: set[str], known: set[str]) -> None:

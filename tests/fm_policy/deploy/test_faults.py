@@ -161,7 +161,7 @@ def test_a_client_acts_again_after_readings_of_nan_that_lasted_longer_than_its_a
     threads += [threading.Thread(target=client.control_loop, args=("push",))]
     for thread in threads:
         thread.start()
-    end = time.monotonic() + 60  # a busy machine computes its chunks late, and acts on them later
+    end = time.monotonic() + 30  # a busy machine computes its chunks late, and acts on them later
 
     def acts_again() -> bool:
         return len(readings) >= 24 and sum(client.robot._world.episode.fresh[readings[18] :]) >= 5

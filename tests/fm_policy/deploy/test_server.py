@@ -75,8 +75,8 @@ def test_lerobots_client_acts_reconnects_and_holds_when_the_server_is_killed(por
         )
     assert done.returncode == 0, logs.read_text()[-3000:]
     first, second = json.loads(done.stdout.splitlines()[-1])
-    assert sum(first["fresh"]) >= 12
-    assert sum(second["fresh"]) >= 8
+    assert sum(first["fresh"][:30]) >= 12
+    assert sum(second["fresh"][:25]) >= 8
     after = second["fresh"][-25:]
     assert sum(after) <= 8  # the rest of the last chunk, which the client hands out while it looks for a server
     assert second["seen"] == pytest.approx(second["last"], abs=30)  # it holds where it was last told to be

@@ -75,6 +75,19 @@ def test_rows_are_named_by_what_tells_them_apart(tmp_path):
         ({"methods": []}, "a table needs methods with different names, got none"),
         ({"tasks": [TASK, TASK]}, r"a table needs tasks with different names, got \['Push-T'\]"),
         ({"methods": [{"name": "A", "policy": "x", "seeds": 3}]}, r"a method needs .* has unknown \['seeds'\]"),
+        (
+            {"methods": [{"name": "A", "policy": "x", "noise_scale": "0.5"}]},
+            "noise_scale of method 'A' must be of type int or float, got '0.5'",
+        ),
+        (
+            {"methods": [{"name": "A", "policy": "x", "noise_scale": True}]},
+            "noise_scale of method 'A' must be of type int or float, got True",
+        ),
+        (
+            {"methods": [{"name": "A", "policy": "x", "nfe": [2, "4"]}]},
+            "nfe of method 'A' must be of type int, got '4'",
+        ),
+        ({"methods": [{"name": "A", "policy": "x", "solver": 3}]}, "solver of method 'A' must be of type str, got 3"),
         ({"methods": [{"name": "A"}]}, "'A' needs either a policy, a checkpoint's folder, or a run"),
         ({"methods": [{"name": "FM 2", "policy": {"Lift": "x"}}]}, r"tasks that the table lacks: \['Lift'\]"),
         ({"methods": [{"name": "A", "run": "nowhere"}]}, "nowhere is no training run"),
