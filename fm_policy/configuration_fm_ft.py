@@ -1,28 +1,14 @@
 """Configuration of the flow-matching policy: one flat record of everything that a checkpoint depends on."""
 
-import math
 from dataclasses import dataclass, field
 
 from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.optim import DiffuserSchedulerConfig
-from lerobot.utils.constants import ACTION
 
-from fm_policy.deploy.rtc import METHODS
-from fm_policy.flow.coupling import COUPLINGS, REFUSED
-from fm_policy.flow.noise import check_noise_scale
+from fm_policy import checks
 from fm_policy.flow.solvers import SOLVER_CALLS
 from fm_policy.optimizer import FusedAdamWConfig
-from fm_policy.residual.control_synth import LAYOUTS
-from fm_policy.residual.matrices import PARAMETRISATIONS
-from fm_policy.residual.nonlinearities import NONLINEARITIES
-from fm_policy.residual.stability import PENALTIES
 from fm_policy.windows import WindowedConfig
-
-STAGES = ("pretrain", "finetune", "residual")
-HEADS = (None, "control_synth", "unet")
-VARIANCES = ("scalar", "diagonal", "learned")
-VELOCITY_NETS = ("unet", "transformer")
-BACKBONES = ("resnet18", "resnet34")
 
 
 @PreTrainedConfig.register_subclass("fm_ft")
@@ -77,8 +63,9 @@ class FlowMatchingConfig(WindowedConfig, PreTrainedConfig):
             it, so it must have a fixed grid.
         num_solver_steps: Steps of a fixed-grid solver from noise to chunk; `dopri5` chooses its own. A fine-tuned
             policy belongs to the grid that it was trained through.
-        noise_scale: Standard deviation of the noise that a policy which acts makes its chunks of. Below 1, that of
-            training, they come nearer to one another and are smoother.
+        noise_scale: Standard deviation of the noise that a policy which acts makes its chunks of, and that fine-tuning
+            and a head are trained on, too. Below 1, that of flow matching, chunks come nearer to one another and are
+            smoother.
         variance: Of the likelihood of a reconstruction: `scalar`, eq. (6); `diagonal`, eq. (B.7), one fixed
             `sigma` per element; `learned`, the same with its log-determinant.
         sigma: Standard deviations for `diagonal` (and where `learned` starts), in units of the normalised action:
@@ -215,138 +202,7 @@ class FlowMatchingConfig(WindowedConfig, PreTrainedConfig):
         super().__post_init__()
         if self.drop_n_last_frames is None:
             self.drop_n_last_frames = max(0, self.horizon - self.n_action_steps - self.n_obs_steps + 1)
-        self._check_choices()
-        self._check_time()
-        self._check_finetuning()
-        self._check_head()
-        self._check_nets()
-        self._check_images()
-        self._check_normalization()
-
-    def _check_choices(self) -> None:
-        choices = {
-            "stage": STAGES,
-            "coupling": tuple(COUPLINGS),
-            "variance": VARIANCES,
-            "head": HEADS,
-            "head_mode": tuple(PARAMETRISATIONS),
-            "head_layout": LAYOUTS,
-            "head_penalty": tuple(PENALTIES),
-            "solver": tuple(SOLVER_CALLS),
-            "velocity_net": VELOCITY_NETS,
-            "vision_backbone": BACKBONES,
-            "rtc_method": METHODS,
-        }
-        if self.coupling in REFUSED:
-            raise ValueError(f"coupling={self.coupling!r} is not for a policy: {REFUSED[self.coupling]}")
-        for name, known in choices.items():
-            value = getattr(self, name)
-            if value not in known:
-                raise ValueError(f"{name} must be one of {list(known)}, got {value!r}")
-
-    def _check_time(self) -> None:
-        for name in ("n_obs_steps", "horizon", "n_action_steps", "num_solver_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.drop_n_last_frames < 0:  # type: ignore[operator]
-            raise ValueError(f"drop_n_last_frames must not be negative, got {self.drop_n_last_frames}")
-        check_noise_scale(self.noise_scale)
-        if not 0 < self.rtc_warm_start < 1:
-            raise ValueError(f"rtc_warm_start must be a time in (0, 1), got {self.rtc_warm_start}")
-        if self.n_action_steps > self.chunk_length:
-            raise ValueError(
-                f"n_action_steps={self.n_action_steps} exceeds the {self.chunk_length} actions from the present "
-                f"on that a chunk holds (horizon={self.horizon} - n_obs_steps={self.n_obs_steps} + 1)"
-            )
-
-    def _check_finetuning(self) -> None:
-        if not 0 <= self.observation_noise < math.inf:
-            raise ValueError(f"observation_noise must be finite and 0 or more, got {self.observation_noise}")
-        for name in ("nearest_k", "reflow_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.cfm_weight < 0 or self.finetune_lr < 0:
-            raise ValueError(
-                f"cfm_weight and finetune_lr must not be negative, got {self.cfm_weight} and {self.finetune_lr}"
-            )
-        if any(sigma <= 0 for sigma in self.sigma):
-            raise ValueError(f"every sigma must be positive, got {list(self.sigma)}")
-        if self.variance == "diagonal" and not self.sigma:
-            raise ValueError("variance='diagonal' needs sigma: one number per action dimension, or per element")
-        if self.stage == "pretrain" and self.coupling != "independent":
-            raise ValueError(
-                f"coupling={self.coupling!r} is for stage 'finetune': flow matching needs 'independent' pairs"
-            )
-        if self.stage == "pretrain" and not self.train_encoder:
-            raise ValueError("train_encoder=False is for stage 'finetune': pre-training starts from random weights")
-
-    def _check_head(self) -> None:
-        if (self.stage == "residual") != (self.head is not None):
-            wanted = "needs a head: 'control_synth' or 'unet'" if self.head is None else "has no head"
-            raise ValueError(f"stage {self.stage!r} {wanted}, got head={self.head!r}")
-        unknown = set(self.head_activations) - set(NONLINEARITIES)
-        if unknown or not self.head_activations:
-            raise ValueError(
-                f"head_activations must be some of {list(NONLINEARITIES)}, on the command line as '[\"tanh\"]', "
-                f"got {list(self.head_activations)}"
-            )
-        for name in ("head_width", "head_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("head_rate", "head_span"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("head_penalty_weight", "head_penalty_margin", "head_lr"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.stage == "residual" and self.cfm_weight and not self.train_base:
-            raise ValueError(f"cfm_weight={self.cfm_weight} is a loss of the base, which train_base=False leaves alone")
-
-    def _check_nets(self) -> None:
-        if self.velocity_net == "unet":
-            self._check_unet()
-        elif self.transformer_dim % self.transformer_heads:
-            raise ValueError(
-                f"transformer_dim={self.transformer_dim} must be a multiple of "
-                f"transformer_heads={self.transformer_heads}"
-            )
-        if not 0 <= self.transformer_dropout < 1:
-            raise ValueError(f"transformer_dropout must be in [0, 1), got {self.transformer_dropout}")
-        if not 0 <= self.ema_max_decay <= 1 or self.ema_power <= 0:
-            raise ValueError(
-                f"ema_max_decay must be in [0, 1] and ema_power positive, got {self.ema_max_decay} and {self.ema_power}"
-            )
-
-    def _check_unet(self) -> None:
-        if not self.down_dims:
-            raise ValueError("down_dims needs at least one level, got none")
-        shrink = 2 ** (len(self.down_dims) - 1)
-        if self.horizon % shrink:
-            raise ValueError(
-                f"horizon={self.horizon} must be a multiple of {shrink}: a U-Net of {len(self.down_dims)} levels "
-                f"(down_dims={tuple(self.down_dims)}) halves it {len(self.down_dims) - 1} times"
-            )
-        if self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd, got {self.kernel_size}")
-        uneven = [dim for dim in self.down_dims if dim % self.n_groups]
-        if uneven:
-            raise ValueError(f"n_groups={self.n_groups} must divide every entry of down_dims, not {uneven}")
-
-    def _check_images(self) -> None:
-        if self.crop_shape and self.resize_shape:
-            larger = [c > r for c, r in zip(self.crop_shape, self.resize_shape, strict=True)]
-            if any(larger):
-                raise ValueError(f"crop_shape={self.crop_shape} must fit into resize_shape={self.resize_shape}")
-        if self.spatial_softmax_num_keypoints < 0:
-            raise ValueError(
-                f"spatial_softmax_num_keypoints must not be negative, got {self.spatial_softmax_num_keypoints}"
-            )
-
-    def _check_normalization(self) -> None:
-        # LeRobot leaves a kind that is not named here unnormalised, without a word.
-        missing = {"VISUAL", "STATE", "ENV", "ACTION"} - set(self.normalization_mapping)
-        if missing:
-            raise ValueError(f"normalization_mapping lacks {sorted(missing)}: name every kind of feature")
+        checks.check(self)
 
     @property
     def chunk_length(self) -> int:
@@ -436,20 +292,4 @@ class FlowMatchingConfig(WindowedConfig, PreTrainedConfig):
         Raises:
             ValueError: If not, or if an image is smaller than the crop.
         """
-        if self.action_feature is None:
-            raise ValueError(f"the policy needs the output feature '{ACTION}', got {list(self.output_features or {})}")
-        if not (self.image_features or self.robot_state_feature or self.env_state_feature):
-            raise ValueError(
-                "the policy needs an image, 'observation.state' or 'observation.environment_state' to observe, "
-                f"got {list(self.input_features or {})}"
-            )
-        elements = self.horizon * self.action_feature.shape[0]
-        if len(self.sigma) not in (0, elements // self.horizon, elements):
-            raise ValueError(
-                f"sigma needs {elements // self.horizon} numbers (one per action dimension) or {elements} (one per "
-                f"element of a chunk), got {len(self.sigma)}"
-            )
-        for name, feature in self.image_features.items():
-            height_width = self.resize_shape or feature.shape[1:]
-            if self.crop_shape and any(c > s for c, s in zip(self.crop_shape, height_width, strict=True)):
-                raise ValueError(f"crop_shape={self.crop_shape} is larger than '{name}' of {tuple(height_width)}")
+        checks.check_features(self)

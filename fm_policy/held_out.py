@@ -38,12 +38,13 @@ def measure(
     Returns:
         `reconstruction_error` on independent pairs, `spread` of the chunks of one observation, and, where the base is
         at hand, `mode_changes`, the share of chunks that go to another mode than the base's from the same noise; the
-        latter two of `SPREAD_NOISES` noises for the first `SPREAD_ROWS` rows. Of a ControlSynth head `certified_rate`,
-        the rate of contraction that balanced multipliers prove; negative: none.
+        latter two of `SPREAD_NOISES` noises for the first `SPREAD_ROWS` rows; all from noise of the robot's scale. Of a
+        ControlSynth head `certified_rate`, the rate of contraction that balanced multipliers prove; negative: none.
     """
-    x1, is_pad = batch[ACTION], batch.get(f"{ACTION}_is_pad")
-    logs = {"reconstruction_error": masked_mse(net.chunk(config, independent(x1), o), x1, is_pad).item()}
-    x0 = independent(x1[:SPREAD_ROWS].repeat(SPREAD_NOISES, 1, 1))
+    x1, is_pad, scale = batch[ACTION], batch.get(f"{ACTION}_is_pad"), config.noise_scale
+    chunk = net.chunk(config, independent(x1, scale=scale), o)
+    logs = {"reconstruction_error": masked_mse(chunk, x1, is_pad).item()}
+    x0 = independent(x1[:SPREAD_ROWS].repeat(SPREAD_NOISES, 1, 1), scale=scale)
     shape = (SPREAD_NOISES, -1, *x1.shape[1:])
     samples = net.chunk(config, x0, o[:SPREAD_ROWS].repeat(SPREAD_NOISES, 1)).view(shape)
     logs["spread"] = spread(samples).mean().item()

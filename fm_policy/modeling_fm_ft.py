@@ -9,40 +9,29 @@ Data contract
 
 import copy
 import logging
-import math
 from collections import deque
-from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
-import torch.nn.functional as F
 from lerobot.policies.pretrained import PreTrainedPolicy
-from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.policies.utils import populate_queues
 from lerobot.utils.constants import ACTION
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fm_policy import contract, held_out, model_card, normalization, stages, window_store
+from fm_policy import contract, held_out, likelihood, model_card, normalization, stages, window_store
 from fm_policy.configuration_fm_ft import FlowMatchingConfig
 from fm_policy.deploy import rtc
 from fm_policy.ema import ema_decay, ema_update
-from fm_policy.flow.coupling import TAUGHT, independent, inverse, nearest, reflow
+from fm_policy.flow.coupling import TAUGHT, independent
 from fm_policy.flow.diagnostics import StepGradients
-from fm_policy.flow.losses import HUBER_SCALE, Reduction, cfm_loss, gaussian_nll, masked_mse, pseudo_huber
+from fm_policy.flow.losses import Reduction, cfm_loss
 from fm_policy.flow.noise import disturbed, sample_noise
-from fm_policy.flow.solvers import CountedVelocity, Velocity, call_times
+from fm_policy.flow.solvers import CountedVelocity, Velocity
 from fm_policy.net import FlowMatchingNet
 from fm_policy.repeatable import of_step
-from fm_policy.residual.control_synth import ControlSynth
-from fm_policy.residual.stability import PENALTIES
-
-# A learned variance must follow the error, which falls within hundreds of steps; in the net's steps of 5e-6 it stood.
-VARIANCE_LR = 1e-2
-INITIAL_SIGMA = 0.1
 
 
 class FlowMatchingPolicy(PreTrainedPolicy):
@@ -102,14 +91,11 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         self.base_net.head = None
 
     def _add_variance(self) -> None:
-        """Log sigma^2 of each element of a chunk, `(horizon, action_dim)`: a parameter if learned, else a constant."""
-        sigma = torch.tensor(self.config.sigma or [INITIAL_SIGMA], dtype=torch.float32)
-        shape = (self.config.horizon, self._action_dim)
-        log_variance = 2 * (sigma.view(shape) if len(sigma) == math.prod(shape) else sigma.expand(shape)).log()
+        initial = likelihood.initial_log_variance(self.config)
         if self.config.variance == "learned":
-            self.log_variance = nn.Parameter(log_variance.clone())
+            self.log_variance = nn.Parameter(initial)
         else:
-            self.register_buffer("log_variance", log_variance, persistent=False)
+            self.register_buffer("log_variance", initial, persistent=False)
 
     @property
     def active_net(self) -> FlowMatchingNet:
@@ -127,7 +113,7 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         if head and flow:
             groups.append({"params": flow, "lr": config.finetune_lr})
         if config.variance == "learned":
-            groups.append({"params": [self.log_variance], "lr": VARIANCE_LR, "weight_decay": 0.0})
+            groups.append({"params": [self.log_variance], "lr": likelihood.VARIANCE_LR, "weight_decay": 0.0})
         return groups if len(groups) > 1 else groups[0]["params"]
 
     def train(self, mode: bool = True) -> Self:
@@ -186,55 +172,20 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         return loss, {"cfm_loss": loss.mean().item()}
 
     def _likelihood(self, batch: dict[str, Tensor], o: Tensor, reduction: Reduction) -> tuple[Tensor, dict[str, float]]:
-        """Negative log-likelihood of the data around the policy's chunks, eq. (6) or (B.6), by its exact gradient."""
-        config = self.config
-        x0, x1, is_pad = self._pairs(batch, o)
+        """See `fm_policy.likelihood`; by its exact gradient, through every step of the solver."""
+        config, net = self.config, self.active_net
+        x0, x1, is_pad = likelihood.pairs(config, net, getattr(self, "base_net", None), batch, o)
         logs = {} if self._gradients is None else self._gradients.logs()
-        self._gradients = StepGradients(self.active_net.bind(config, o), config.num_solver_steps)
-        chunk = self.active_net.chunk(config, x0, o, self._gradients)
-        loss = error = masked_mse(chunk, x1, is_pad, reduction)
-        logs["distillation_error" if config.coupling == "reflow" else "reconstruction_error"] = error.mean().item()
-        if config.coupling == "reflow":
-            loss = pseudo_huber(chunk, x1, HUBER_SCALE, reduction)
-        if config.variance != "scalar":
-            loss = gaussian_nll(chunk, x1, self.log_variance, is_pad, reduction)
-            logs["sigma"] = (0.5 * self.log_variance).exp().mean().item()
+        self._gradients = StepGradients(net.bind(config, o), config.num_solver_steps)
+        chunk = net.chunk(config, x0, o, self._gradients)
+        log_variance = getattr(self, "log_variance", None)
+        loss, found = likelihood.reconstruction_loss(config, chunk, x1, is_pad, log_variance, reduction)
+        logs |= found
         if config.cfm_weight:
-            remaining, cfm_logs = self._cfm(batch, o, reduction)
-            loss, logs = loss + config.cfm_weight * remaining, logs | cfm_logs
-        head = self.active_net.head
-        if isinstance(head, ControlSynth) and config.head_mode == "penalty":
-            penalty = PENALTIES[config.head_penalty](head.matrices(), config.head_penalty_margin)
-            loss, logs = loss + config.head_penalty_weight * penalty, logs | {"head_penalty": penalty.item()}
-        return loss, logs
-
-    def _pairs(self, batch: dict[str, Tensor], o: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Noise, the chunk that it shall become, and the chunk's padding, by the configured coupling."""
-        config = self.config
-        x1, is_pad = batch[ACTION], batch.get(f"{ACTION}_is_pad")
-        if config.coupling == "nearest":
-            several = o.detach().repeat(config.nearest_k, 1)
-            solve = partial(self.active_net.chunk, config, o=several)
-            return nearest(x1, config.nearest_k, solve, is_pad), x1, is_pad
-        if config.coupling == "inverse":
-            return inverse(x1, self._base_velocity(batch)), x1, is_pad
-        if config.coupling == "reflow":  # the base acts beyond an episode's end, too: nothing of its chunk is padding
-            v = self._base_velocity(batch, call_times("euler", config.reflow_steps))
-            return *reflow(x1, v, config.reflow_steps), None
-        return independent(x1), x1, is_pad
-
-    @torch.no_grad()
-    def _base_velocity(self, batch: dict[str, Tensor], times: Sequence[float] = ()) -> Velocity:
-        base = self._base()
-        return base.velocity.bind(base.encoder(batch), times)
-
-    def _base(self) -> FlowMatchingNet:
-        if not hasattr(self, "base_net"):
-            raise ValueError(
-                "the policy holds no copy of its base, which is made where a data set is handed in: "
-                "FlowMatchingPolicy.from_pretrained(..., dataset_meta=dataset.meta)"
-            )
-        return self.base_net
+            remaining, found = self._cfm(batch, o, reduction)
+            loss, logs = loss + config.cfm_weight * remaining, logs | found
+        penalty, found = likelihood.head_penalty(config, net)
+        return loss + penalty, logs | found
 
     def reconstruct(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
         """The chunks that the deployed policy makes of training windows, with gradients where they are enabled.
@@ -328,7 +279,8 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         x0, steered, start = self.config.noise_scale * noise.to(o), cast(Velocity, v), 0.0
         if prev_chunk_left_over is not None:
             contract.check_left_over(prev_chunk_left_over, self._action_dim, inference_delay)
-            x0, steered, start = self._continued(x0, v, prev_chunk_left_over.to(o), inference_delay or 0)
+            left_over, delay = prev_chunk_left_over.to(o), inference_delay or 0
+            x0, steered, start = rtc.continued(self.config, x0, v, left_over, delay)
         chunk = self.active_net.chunk(self.config, x0, o, steered, start)
         self.nfe = v.calls
         return chunk[:, self.config.n_obs_steps - 1 :]
@@ -336,32 +288,6 @@ class FlowMatchingPolicy(PreTrainedPolicy):
     def supports_rtc(self) -> bool:
         """Whether LeRobot's real-time chunking can run this policy: it can."""
         return True
-
-    def _continued(self, x0: Tensor, v: Velocity, left_over: Tensor, delay: int) -> tuple[Tensor, Velocity, float]:
-        """Start, velocity and starting time of a chunk that goes on from what is left of the last one."""
-        config = self.config
-        settings = getattr(config, "rtc_config", None) or RTCConfig()  # set by LeRobot's engine
-        # LeRobot's loop sends an observation's own action before its engine looks at what is left, so that this begins
-        # with the second action of the new chunk, and one of the `delay` actions that it comes too late for is gone.
-        before = config.n_obs_steps
-        planned, known = rtc.aligned(left_over, config.horizon, before)
-        end = min(settings.execution_horizon, known)
-        if not settings.enabled or end < 1:
-            return x0, v, 0.0
-        if config.rtc_method == "warm_start":
-            grid = config.num_solver_steps
-            if config.nfe is None or grid < 2:
-                raise ValueError(
-                    f"rtc_method='warm_start' enters a grid at a later step, and {config.solver!r} in {grid} has none: "
-                    "choose a fixed grid of at least 2 steps, or another rtc_method"
-                )
-            start = min(max(1, round(config.rtc_warm_start * grid)), grid - 1) / grid
-            return rtc.warm_start(x0, planned, start), v, start
-        schedule = settings.prefix_attention_schedule.value
-        weights = rtc.prefix_weights(delay - 1, end, config.horizon - before, schedule)
-        largest = min(settings.max_guidance_weight, config.num_solver_steps)  # see `rtc.guided`
-        direct = config.rtc_method == "direct"
-        return x0, rtc.guided(v, planned, F.pad(weights, (before, 0)), largest, direct=direct), 0.0
 
     @property
     def _action_dim(self) -> int:

@@ -3,15 +3,21 @@
 While a chunk is computed, the robot executes `delay` more actions of the last one. The new chunk should begin with
 these and stay near what was planned for a while, or the robot jerks where the two meet. After Black, Galliker and
 Levine 2025 ("Real-Time Execution of Action Chunking Flow Policies", arXiv 2506.07339), whose equations are cited; time
-runs from 0 (noise) to 1 (data), as in the paper and against LeRobot's helper. Pure functions of tensors.
+runs from 0 (noise) to 1 (data), as in the paper and against LeRobot's helper.
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from torch import Tensor
 
 from fm_policy.flow.solvers import Velocity
+
+if TYPE_CHECKING:
+    from fm_policy.configuration_fm_ft import FlowMatchingConfig
 
 METHODS = ("direct", "gradient", "warm_start")
 """How a chunk goes on: `guided` without the gradient or with it, or from a `warm_start`."""
@@ -122,3 +128,46 @@ def aligned(left_over: Tensor, horizon: int, before: int) -> tuple[Tensor, int]:
 def warm_start(noise: Tensor, planned: Tensor, t: float) -> Tensor:
     """Where the flow's straight path from noise to what was planned is at time t: (1 - t) noise + t planned."""
     return (1 - t) * noise + t * planned
+
+
+def continued(
+    config: "FlowMatchingConfig", x0: Tensor, v: Velocity, left_over: Tensor, delay: int
+) -> tuple[Tensor, Velocity, float]:
+    """Start, velocity and starting time of a chunk that goes on from what is left of the last one.
+
+    Args:
+        config: The policy's; LeRobot's engine has put its settings into it as `rtc_config`.
+        x0: Noise, `(B, horizon, action_dim)`.
+        v: The policy's velocity.
+        left_over: As for `aligned`.
+        delay: Actions of the last chunk that are executed while this one is computed.
+
+    Raises:
+        ValueError: If a `warm_start` finds no later step in the solver's grid to enter at.
+    """
+    settings = getattr(config, "rtc_config", None) or RTCConfig()
+    # LeRobot's loop sends an observation's own action before its engine looks at what is left, so that this begins
+    # with the second action of the new chunk, and one of the `delay` actions that it comes too late for is gone.
+    before = config.n_obs_steps
+    planned, known = aligned(left_over, config.horizon, before)
+    end = min(settings.execution_horizon, known)
+    if not settings.enabled or end < 1:
+        return x0, v, 0.0
+    if config.rtc_method == "warm_start":
+        start = _entry(config)
+        return warm_start(x0, planned, start), v, start
+    weights = prefix_weights(delay - 1, end, config.horizon - before, settings.prefix_attention_schedule.value)
+    largest = min(settings.max_guidance_weight, config.num_solver_steps)  # see `guided`
+    direct = config.rtc_method == "direct"
+    return x0, guided(v, planned, F.pad(weights, (before, 0)), largest, direct=direct), 0.0
+
+
+def _entry(config: "FlowMatchingConfig") -> float:
+    """The time of the solver's grid at which a warm start enters it."""
+    grid = config.num_solver_steps
+    if config.nfe is None or grid < 2:
+        raise ValueError(
+            f"rtc_method='warm_start' enters a grid at a later step, and {config.solver!r} in {grid} has none: "
+            "choose a fixed grid of at least 2 steps, or another rtc_method"
+        )
+    return min(max(1, round(config.rtc_warm_start * grid)), grid - 1) / grid

@@ -1,6 +1,6 @@
 """Which noise is paired with which data: the coupling q(x0, x1 | o).
 
-Flow matching needs the independent coupling: inference draws N(0, I) whatever it observes. For the reconstruction
+Flow matching needs the independent coupling: inference draws its noise whatever it observes. For the reconstruction
 loss, eq. (6), the pairs decide what is learned, since its minimiser over all maps is E[x1 | x0, o].
 """
 
@@ -33,8 +33,8 @@ REFUSED = {
 INVERSE_SOLVER, INVERSE_STEPS = "midpoint", 16
 
 
-def independent(x1: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Noise drawn without regard to the data: q(x0, x1 | o) = N(x0; 0, I) p(x1 | o).
+def independent(x1: Tensor, generator: torch.Generator | None = None, *, scale: float = 1.0) -> Tensor:
+    """Noise drawn without regard to the data: q(x0, x1 | o) = N(x0; 0, scale^2 I) p(x1 | o).
 
     The only coupling under which training sees, for every observation, the noise that inference draws:
     mini-batch optimal transport ignores the condition and skews it (Cheng & Schwing 2025, C2OT).
@@ -42,8 +42,9 @@ def independent(x1: Tensor, generator: torch.Generator | None = None) -> Tensor:
     Args:
         x1: Data, `(B, horizon, action_dim)`; the noise takes its shape, type and device.
         generator: Source of randomness; torch's global one when None.
+        scale: Its standard deviation: 1 for flow matching; for a map that is trained as it runs, the robot's.
     """
-    return sample_noise(x1.shape, generator, device=x1.device, dtype=x1.dtype)
+    return scale * sample_noise(x1.shape, generator, device=x1.device, dtype=x1.dtype)
 
 
 @torch.no_grad()
@@ -82,11 +83,13 @@ def nearest(
     solve: Callable[[Tensor], Tensor],
     is_pad: Tensor | None = None,
     generator: torch.Generator | None = None,
+    *,
+    scale: float = 1.0,
 ) -> Tensor:
     """Of k noises per row, the one whose chunk comes nearest to the data (as in IMLE, Li & Malik 2018).
 
     x0 = argmin_j |phi(x0_j, o) - x1|^2. Each mode of the data keeps the noises that lead there, so that the
-    reconstruction loss does not average over modes. The price: the noises of training are a selection of N(0, I).
+    reconstruction loss does not average over modes. The price: the noises of training are a selection.
 
     Args:
         x1: Data, `(B, horizon, action_dim)`.
@@ -95,10 +98,11 @@ def nearest(
             belongs to row i of the data. No gradient is kept.
         is_pad: True where a time step lies beyond its episode, `(B, horizon)`.
         generator: Source of randomness; torch's global one when None.
+        scale: Standard deviation of the noises.
     """
     if k < 1:
         raise ValueError(f"nearest needs at least 1 noise per row, got k={k}")
-    noises = sample_noise((k * len(x1), *x1.shape[1:]), generator, device=x1.device, dtype=x1.dtype)
+    noises = independent(x1.repeat(k, 1, 1), generator, scale=scale)
     mask = None if is_pad is None else is_pad.repeat(k, 1)
     errors = masked_mse(solve(noises), x1.repeat(k, 1, 1), mask, "none").view(k, len(x1))
     rows = torch.arange(len(x1), device=x1.device)
@@ -118,7 +122,7 @@ def inverse(x1: Tensor, velocity: Velocity) -> Tensor:
 
 @torch.no_grad()
 def reflow(
-    x1: Tensor, velocity: Velocity, steps: int, generator: torch.Generator | None = None
+    x1: Tensor, velocity: Velocity, steps: int, generator: torch.Generator | None = None, *, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Noise and its end under a frozen velocity: the pairs that distil a rectified flow (Liu et al. 2022).
 
@@ -130,9 +134,10 @@ def reflow(
         velocity: The base's v(t, x), for the observations of these rows.
         steps: Euler steps of the base, at least 1.
         generator: Source of randomness; torch's global one when None.
+        scale: Standard deviation of the noise.
 
     Returns:
         Noise and ends, both of the data's shape.
     """
-    x0 = independent(x1, generator)
+    x0 = independent(x1, generator, scale=scale)
     return x0, integrate(velocity, x0, "euler", steps)

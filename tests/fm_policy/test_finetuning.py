@@ -9,9 +9,9 @@ from lerobot.configs import PreTrainedConfig
 
 from fm_policy.ema import ema_decay
 from fm_policy.flow.coupling import inverse
-from fm_policy.flow.losses import gaussian_nll, masked_mse, pseudo_huber
+from fm_policy.flow.losses import HUBER_SCALE, gaussian_nll, masked_mse, pseudo_huber
 from fm_policy.flow.solvers import integrate
-from fm_policy.modeling_fm_ft import HUBER_SCALE, FlowMatchingPolicy
+from fm_policy.modeling_fm_ft import FlowMatchingPolicy
 
 NETS = ["unet", "transformer"]
 FAST = {"optimizer_lr": 3e-3, "finetune_lr": 3e-3}
@@ -260,14 +260,15 @@ class TestCouplings:
             x1 = integrate(velocity, x0, "rk4", 16)
         assert (x1 - batch["action"]).abs().mean() < 0.1 * (x0 - batch["action"]).abs().mean()
 
-    def test_reflow_aims_at_what_the_base_makes_in_many_steps(self, tiny):
-        policy = tiny.finetuning(coupling="reflow", reflow_steps=8, num_solver_steps=2, **FAST)
+    @pytest.mark.parametrize("scale", [1.0, 0.5])
+    def test_reflow_aims_at_what_the_base_makes_in_many_steps(self, tiny, scale):
+        policy = tiny.finetuning(coupling="reflow", reflow_steps=8, num_solver_steps=2, noise_scale=scale, **FAST)
         batch = tiny.windows(policy.config)
         train(policy, batch, steps=2)  # the net has left its base
         x0, base = starts(policy, batch), policy.base_net
         with torch.no_grad():
             aim = integrate(base.velocity.bind(base.encoder(batch)), x0, "euler", 8)
-            chunk = policy.reconstruct(batch, x0)
+            chunk = policy.reconstruct(batch, x0 / scale)
         batch["action"] = torch.zeros_like(batch["action"])  # the demonstrations have no part in it, nor their padding
         batch["action_is_pad"][:2, 5:] = True
         loss, logs = first_step(policy, batch)
@@ -288,6 +289,16 @@ class TestCouplings:
         assert 0.05 < (seen["net"] - clean).std() < 0.2
         policy.eval().forward(batch)
         assert torch.equal(seen["ema_net"], clean)
+
+    @pytest.mark.parametrize("coupling", ["independent", "nearest", "reflow", "inverse"])
+    def test_pairs_start_at_the_noise_that_the_robot_draws(self, tiny, coupling):
+        """But where the data themselves say which noise they come from."""
+        policy = tiny.finetuning(coupling=coupling, nearest_k=1, num_solver_steps=2).train()
+        batch, found = tiny.windows(policy.config), []
+        for policy.config.noise_scale in (1.0, 0.5):
+            policy.training_steps.zero_()
+            found.append(starts(policy, batch))
+        assert torch.equal(found[1], found[0] if coupling == "inverse" else 0.5 * found[0])
 
     def test_reflow_of_the_same_grid_has_nothing_to_learn(self, tiny):
         policy = tiny.finetuning(coupling="reflow", reflow_steps=4, num_solver_steps=4)

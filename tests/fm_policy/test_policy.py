@@ -95,8 +95,9 @@ class TestTraining:
         assert batch.keys() == before.keys()
         assert all(torch.equal(batch[name], before[name]) for name in batch)
 
-    def test_evaluation_mode_logs_what_the_deployed_solver_produces(self, tiny):
-        policy = tiny.policy().eval()
+    @pytest.mark.parametrize("scale", [1.0, 0.5])
+    def test_evaluation_mode_logs_what_the_deployed_solver_produces(self, tiny, scale):
+        policy = tiny.policy(noise_scale=scale).eval()
         batch = tiny.windows(policy.config)
         batch["action_is_pad"][0, 5:] = True
         starts = []
@@ -106,10 +107,11 @@ class TestTraining:
         # One call at random times for the loss; then from noise, for the error and for the spread of 8 noises.
         assert starts[0][0].shape == (4,)
         noise, noises = (x for t, x in starts[1:] if t == 0)
-        chunk = policy.reconstruct(batch, noise)
+        assert noises.std().item() == pytest.approx(scale, rel=0.1)
+        chunk = policy.reconstruct(batch, noise / scale)
         expected = masked_mse(chunk, batch["action"], batch["action_is_pad"])
         assert logs["reconstruction_error"] == pytest.approx(expected.item(), rel=1e-5)
-        samples = torch.stack([policy.reconstruct(batch, x0) for x0 in noises.view(8, 4, 16, 3)])
+        samples = torch.stack([policy.reconstruct(batch, x0 / scale) for x0 in noises.view(8, 4, 16, 3)])
         assert logs["spread"] == pytest.approx(samples.var(dim=0).mean(dim=(1, 2)).sqrt().mean().item(), rel=1e-4)
         logs = policy.train().forward(batch)[1]
         assert logs["held_out_reconstruction_error"] == pytest.approx(expected.item(), rel=1e-5)
@@ -186,9 +188,9 @@ class TestInference:
         noise = sample_noise((4, 16, 3), torch.Generator().manual_seed(5))
         assert torch.equal(policy.predict_action_chunk(frame, noise=noise), chunk(5))
 
-    def test_the_noise_of_a_policy_that_acts_is_scaled_and_that_of_its_training_is_not(self, tiny):
+    def test_the_noise_of_a_policy_that_acts_is_scaled_and_that_of_flow_matching_is_not(self, tiny):
         torch.manual_seed(0)
-        policy = tiny.policy(stage="finetune").eval()
+        policy = tiny.policy().eval()
         frame, windows, noise = tiny.frame(policy.config), tiny.windows(policy.config), torch.randn(4, 16, 3)
 
         def drawn():

@@ -12,7 +12,8 @@ import torch
 from lerobot.configs import PreTrainedConfig
 from torch import Tensor, nn
 
-from fm_policy.modeling_fm_ft import VARIANCE_LR, FlowMatchingPolicy
+from fm_policy.likelihood import VARIANCE_LR
+from fm_policy.modeling_fm_ft import FlowMatchingPolicy
 from fm_policy.residual.control_synth import LAYOUTS
 from fm_policy.residual.matrices import PARAMETRISATIONS
 
