@@ -20,7 +20,7 @@ tags: [lerobot, robotics, flow-matching, fm_ft]
 | observes | {observes} (history of {n_obs_steps}) |
 | predicts | {predicts}, a chunk of {horizon}, {n_action_steps} executed |
 | velocity net | {velocity_net} |
-| solver | {solver}, {nfe} network calls per chunk{noise} |
+| solver | {solver}, {calls} per chunk{noise} |
 {head}| coupling | {coupling} |
 | moving average of weights | {use_ema} |
 
@@ -59,7 +59,7 @@ def render(config: FlowMatchingConfig) -> str:
         n_action_steps=config.n_action_steps,
         velocity_net=config.velocity_net,
         solver=config.solver,
-        nfe=config.nfe or "adaptively many",
+        calls="1 network call" if config.nfe == 1 else f"{config.nfe or 'adaptively many'} network calls",
         noise="" if config.noise_scale == 1 else f", noise scaled by {config.noise_scale:g}",
         head=_head_row(config),
         coupling=config.coupling,

@@ -25,7 +25,7 @@ SHIPPED = {
     # Folder: task, stage, network calls, episodes, their least mean score; an untrained one has below .3 in Push-T
     # and hardly anything elsewhere.
     default_policy(): ("pusht_b", "pretrain", 16, 12, 0.93),
-    one_call_policy(): ("pusht_b", "finetune", 1, 12, 0.85),
+    one_call_policy(): ("pusht_b", "finetune", 1, 12, 0.93),
     FOLDER / "pusht_two_calls": ("pusht_b", "finetune", 2, 12, 0.93),
     FOLDER / "pusht_unmirrored": ("pusht_b", "pretrain", 16, 12, 0.85),
     default_policy("kitchen"): ("kitchen", "pretrain", 4, 4, 0.75),
