@@ -102,9 +102,9 @@ def nearest(
     """
     if k < 1:
         raise ValueError(f"nearest needs at least 1 noise per row, got k={k}")
-    noises = independent(x1.repeat(k, 1, 1), generator, scale=scale)
-    mask = None if is_pad is None else is_pad.repeat(k, 1)
-    errors = masked_mse(solve(noises), x1.repeat(k, 1, 1), mask, "none").view(k, len(x1))
+    repeated, mask = x1.repeat(k, 1, 1), None if is_pad is None else is_pad.repeat(k, 1)
+    noises = independent(repeated, generator, scale=scale)
+    errors = masked_mse(solve(noises), repeated, mask, "none").view(k, len(x1))
     rows = torch.arange(len(x1), device=x1.device)
     return noises.view(k, *x1.shape)[errors.argmin(dim=0), rows]
 
