@@ -30,6 +30,9 @@ from fm_policy.sources import source_fingerprint
 # Settings that the oldest records lack, and what held then.
 ADDED_SETTINGS: dict[str, Any] = {"observation_noise": 0.0, "noise_scale": 1.0}
 
+# What an evaluation may be continued to more of: a row depends on its own seed and repeat alone.
+GROWING = ("episodes", "repeats")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -95,7 +98,7 @@ def evaluate_into(
         checkpoint: The policy.
         env_config: The task.
         run: Which episodes.
-        resume: Continue what the folder holds.
+        resume: Continue what the folder holds, to more seeds or repeats if the run has more.
         seconds: Wall seconds that went before, by what took them, for the record.
         rank: Which of these processes this is.
 
@@ -214,11 +217,16 @@ def _claim(folder: Path, settings: dict[str, Any], resume: bool) -> None:
     elif not record.is_file():
         raise ValueError(f"{folder} holds no evaluation to continue: {record.name} is missing beside {present[:5]}")
     else:
-        _check_same(json.loads(record.read_text(encoding="utf-8")), settings, folder)
+        stored = json.loads(record.read_text(encoding="utf-8"))
+        _check_same(stored, settings, folder)
+        if any(stored[name] < settings[name] for name in GROWING):
+            (folder / "summary.json").unlink(missing_ok=True)  # first: it must never stand beside rows of a larger run
+            write_json(record, settings)
 
 
 def _check_same(stored: dict[str, Any], settings: dict[str, Any], folder: Path) -> None:
     before, now = _flatten(ADDED_SETTINGS | stored), _flatten(settings)
+    before |= {name: now[name] for name in GROWING if before.get(name, now[name]) < now[name]}
     differing = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     if differing:
         pairs = [f"{name}: {before.get(name)!r} there, {now.get(name)!r} now" for name in differing]

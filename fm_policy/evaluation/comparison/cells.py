@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from fm_policy.evaluation.inference import ChunkSampler
 from fm_policy.evaluation.policies import ChunkPolicy
 from fm_policy.evaluation.provenance import PACKAGES, describe_task, versions
 from fm_policy.evaluation.ranks import ALONE, Rank
+from fm_policy.evaluation.report import summarise
 from fm_policy.evaluation.runs import Run, evaluate_into
 from fm_policy.evaluation.statistics import Interval, bootstrap_interval, sign_test, table
 
@@ -85,8 +86,9 @@ def difference(values: NDArray[np.float64], base: NDArray[np.float64]) -> Differ
 def fill(layout: Layout, folder: Path, make_task: MakeTask, device: str, rank: Rank = ALONE) -> Iterator[Cell]:
     """Yield every cell, row by row, evaluated now unless it was before.
 
-    Each lives in a folder of its own whose name is a fingerprint of all that decides its rows, checkpoint, task, seeds,
-    solver, calls, noise and versions: nothing is ever mixed with what another table, checkpoint or version left.
+    Each lives in a folder of its own whose name is a fingerprint of all that decides its rows, checkpoint, task, first
+    seed, solver, calls, noise and versions: nothing is ever mixed with what another table, checkpoint or version left.
+    A table that asks for more seeds or repeats adds to them; one that asks for fewer reads those alone.
 
     Args:
         layout: What the table shows.
@@ -111,14 +113,43 @@ def fill(layout: Layout, folder: Path, make_task: MakeTask, device: str, rank: R
         checkpoint, task, packages = _load(row, column, make_task, device)
         run = Run(column.seed, column.episodes, row.repeats or column.repeats, packages=packages)
         where = folder / f"{column.env}-{_fingerprint(checkpoint, task, run)[:16]}"
-        if not (where / "summary.json").is_file():
+        missing = _missing(where, run)
+        if missing:
             if rank.first:
                 print(f"{row.name} in {column.name}: {where}", flush=True)
-            evaluate_into(where, checkpoint, task, run, resume=where.exists(), rank=rank)
+            evaluate_into(where, checkpoint, task, missing, resume=where.exists(), rank=rank)
+        summary, episodes = _read(where, run)
         error = None
         if column.demonstrations and rank.first:
             error = held_out_error(checkpoint, Path(column.demonstrations), where / "held_out_error.json")
-        yield Cell(row, column, where, *read_finished(where), error)
+        yield Cell(row, column, where, summary, episodes, error)
+
+
+def _missing(where: Path, run: Run) -> Run | None:
+    """The run that a folder needs before it holds all of another; None if it does."""
+    if all(has >= wanted for has, wanted in zip(_size(where / "summary.json"), _size_of(run), strict=True)):
+        return None
+    episodes, repeats = map(max, _size(where / "run.json"), _size_of(run))  # what was begun is brought to its end
+    return replace(run, episodes=episodes, repeats=repeats)
+
+
+def _size(record: Path) -> tuple[int, int]:
+    if not record.is_file():
+        return 0, 0
+    numbers = json.loads(record.read_text(encoding="utf-8"))
+    return numbers["episodes"], numbers["repeats"]
+
+
+def _size_of(run: Run) -> tuple[int, int]:
+    return run.episodes, run.repeats
+
+
+def _read(where: Path, run: Run) -> tuple[dict[str, Any], list[Episode]]:
+    """Summary and rows of a run, of an evaluation that may hold more."""
+    summary, episodes = read_finished(where)
+    wanted = set(run.jobs)
+    kept = [episode for episode in episodes if episode.key in wanted]
+    return summary | summarise(kept), kept
 
 
 def _load(
@@ -135,6 +166,6 @@ def _fingerprint(checkpoint: Checkpoint[ChunkPolicy], task: EnvConfig, run: Run)
     parts = [
         *(checkpoint.fingerprint, config.solver, config.num_solver_steps, config.noise_scale, config.device),
         *(describe_task(task, run.packages), versions(PACKAGES)),
-        *(run.seed, run.episodes, run.repeats),
+        run.seed,
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

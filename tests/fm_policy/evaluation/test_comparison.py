@@ -128,7 +128,40 @@ def test_cells_are_the_evaluations_that_were_asked_for(filled):
         assert cell.table("score").shape == (4, cell.summary["repeats"])
         assert {name: cell.summary[name] for name in ("score", "best_of_r")}.items() <= summarise(cell.episodes).items()
     assert np.array_equal(cells[2].table("score"), cells[0].table("score")[:, :1])
-    assert len({cell.folder for cell in cells}) == 3
+    assert cells[2].folder == cells[0].folder != cells[1].folder  # fewer repeats are read from what has more
+
+
+def test_more_seeds_and_repeats_are_added_to_what_is_there(filled, checkpoint, make_task, tmp_path):
+    folder, _, cells = filled
+    copy = shutil.copytree(folder, tmp_path / "cells")
+    methods = [{"name": "FM 2", "policy": str(checkpoint.path), "nfe": 2}]
+    more = read_layout(describe(checkpoint.path, methods=methods, tasks=[TASK | {"episodes": 5, "repeats": 3}]))
+    (grown,) = fill(more, copy, make_task, "cpu")
+    assert (grown.folder.name, grown.summary["episodes_run_now"]) == (cells[0].folder.name, 5 * 3 - 4 * 2)
+    (fresh,) = fill(more, tmp_path / "anew", make_task, "cpu")
+    for name in ("score", "success"):
+        assert np.array_equal(grown.table(name), fresh.table(name))
+        assert np.array_equal(grown.table(name)[:4, :2], cells[0].table(name))
+
+    before = contents(copy)
+    fewer = list(fill(read_layout(describe(checkpoint.path)), copy, make_task, "cpu"))
+    assert contents(copy) == before
+    numbers = ("score", "score_interval", "success_interval", "best_of_r", "episodes", "repeats", "measures", "nfe")
+    for cell, known in zip(fewer, cells, strict=True):
+        assert {name: cell.summary[name] for name in numbers} == {name: known.summary[name] for name in numbers}
+
+
+def test_a_cell_that_a_kill_stopped_while_it_grew_is_brought_to_its_end(filled, checkpoint, make_task, tmp_path):
+    folder, layout, cells = filled
+    copy = shutil.copytree(folder, tmp_path / "cells")
+    growing = copy / cells[0].folder.name
+    (growing / "summary.json").unlink()
+    settings = json.loads((growing / "run.json").read_text())
+    (growing / "run.json").write_text(json.dumps(settings | {"repeats": 3}))
+    first = next(fill(layout, copy, make_task, "cpu"))
+    assert (first.summary["episodes_run_now"], first.summary["repeats"]) == (4, 2)
+    assert np.array_equal(first.table("score"), cells[0].table("score"))
+    assert json.loads((growing / "summary.json").read_text())["repeats"] == 3
 
 
 def test_nothing_is_run_twice_and_what_a_kill_left_goes_on(filled, make_task, tmp_path):

@@ -6,8 +6,10 @@ import pytest
 from filelock import FileLock
 
 from env_configs import make_env_config
+from fm_policy.evaluation import runs
 from fm_policy.evaluation.checkpoint import load_checkpoint
 from fm_policy.evaluation.episodes import read_episodes
+from fm_policy.evaluation.finished import read_finished
 from fm_policy.evaluation.report import as_text, chunk_times, summarise
 from fm_policy.evaluation.rollouts import evaluate
 from fm_policy.evaluation.runs import Run, evaluate_into
@@ -138,6 +140,39 @@ def test_resuming_in_an_empty_folder_starts(checkpoint, short_pusht, tmp_path):
     assert summary["score_interval"] is None
 
 
+def test_an_evaluation_grows_by_seeds_and_repeats(finished, checkpoint, short_pusht, tmp_path):
+    """The rows that were there stay; a summary of fewer never stands beside more."""
+    few = replace(RUN, episodes=3, repeats=1)
+    evaluate_into(tmp_path, checkpoint, short_pusht, few)
+    rows = (tmp_path / "episodes.jsonl").read_text()
+    sharing = evaluate_into(tmp_path, checkpoint, short_pusht, replace(few, repeats=2), resume=True)
+    grown = evaluate_into(tmp_path, checkpoint, short_pusht, RUN, resume=True)
+    assert (sharing["episodes_run_now"], grown["episodes_run_now"]) == (3, 4)
+    assert (tmp_path / "episodes.jsonl").read_text().startswith(rows)
+    assert by_key(tmp_path) == by_key(finished[0])
+    assert grown["score_interval"] == finished[1]["score_interval"]
+    with pytest.raises(ValueError, match="holds another evaluation:\n  repeats: 2 there, 1 now"):
+        evaluate_into(tmp_path, checkpoint, short_pusht, replace(RUN, repeats=1), resume=True)
+    assert json.loads((tmp_path / "summary.json").read_text()) == json.loads(json.dumps(grown))
+
+
+def test_a_kill_while_an_evaluation_grows_leaves_no_summary_of_fewer(checkpoint, short_pusht, tmp_path, monkeypatch):
+    few = replace(RUN, episodes=1, repeats=1)
+    evaluate_into(tmp_path, checkpoint, short_pusht, few)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "run_episodes", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_into(tmp_path, checkpoint, short_pusht, replace(few, repeats=2), resume=True)
+    with pytest.raises(ValueError, match="lacks summary.json"):
+        read_finished(tmp_path)
+    monkeypatch.undo()
+    assert evaluate_into(tmp_path, checkpoint, short_pusht, replace(few, repeats=2), resume=True)["repeats"] == 2
+    assert len(read_finished(tmp_path)[1]) == 2
+
+
 def test_a_full_folder_is_refused_unless_it_is_to_be_continued(finished, checkpoint, short_pusht):
     with pytest.raises(ValueError, match="is not empty"):
         evaluate_into(finished[0], checkpoint, short_pusht, RUN)
@@ -168,7 +203,9 @@ def test_another_evaluation_is_not_continued_and_what_differs_is_named(
             evaluate_into(finished[0], policy, task, run, resume=True)
         return str(error.value)
 
-    assert "repeats: 2 there, 3 now" in refusal(run=replace(RUN, repeats=3))
+    assert "repeats: 2 there, 1 now" in refusal(run=replace(RUN, repeats=1))
+    assert "episodes: 5 there, 4 now" in refusal(run=replace(RUN, episodes=4, repeats=3))
+    assert "seed: 1000 there, 1001 now" in refusal(run=replace(RUN, seed=1001))
     assert "n_action_steps: 8 there, 4 now" in refusal(run=replace(RUN, n_action_steps=4))
     assert "task.config.starts: 'random_state' there, 'gymnasium' now" in refusal(
         task=replace(short_pusht, starts="gymnasium")
