@@ -28,7 +28,9 @@ def parse() -> argparse.Namespace:
     add("--batch-size", type=int, help="environments at a time, by default the task's; no number depends on it")
     add("--videos", type=int, default=0, help="episodes to film")
     add("--out", type=Path, help="folder for the results; outputs/eval/<date>/<time> if not given")
-    add("--resume", action="store_true", help="continue the evaluation in --out, to more episodes if more are asked for")
+    add(
+        "--resume", action="store_true", help="continue the evaluation in --out, to more episodes if more are asked for"
+    )
     add("--observation-noise", type=float, default=0.0, help="added to the observations, in normalised units")
     add("--processes", type=int, default=1, help="of this machine that share the episodes; no number depends on it")
     add("--device", default="cpu", help="where the policy runs")
