@@ -10,8 +10,9 @@ As JSON:
 
 Several `nfe` make a row of each; a `run` of LeRobot's trainer makes a row of each of its checkpoints. `policy` is one
 folder, or one for each task. `solver`, `nfe`, `noise_scale` and `repeats`, unless named, are the checkpoint's and the
-task's. With `demonstrations`, a LeRobotDataset whose last 5 % of the episodes no method has learned from, the
-reconstruction error of every flow policy is measured there, and held against its success.
+task's. Methods of one `series`, policies tuned for one call and for two, share a line in the pictures. With
+`demonstrations`, a LeRobotDataset whose last 5 % of the episodes no method has learned from, the reconstruction error
+of every flow policy is measured there, and held against its success.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-HOW = {"solver": (str,), "noise_scale": (int, float), "repeats": (int,)}
+HOW = {"solver": (str,), "noise_scale": (int, float), "repeats": (int,), "series": (str,)}
 """What a method may say of its rows, in which JSON types."""
 
 
@@ -29,7 +30,7 @@ class Row:
 
     Attributes:
         name: The series, and what tells this row from its others.
-        series: Name of the method, which its rows share.
+        series: What shares a line in the pictures: the rows of a method, or of several.
         policies: Folder of the checkpoint by task; under None the one for all of them.
         nfe: Network calls per chunk; None: the checkpoint's.
         solver: None: the checkpoint's.
@@ -112,7 +113,8 @@ def _rows(method: Mapping[str, Any]) -> Iterator[Row]:
         raise ValueError(f"method {method['name']!r} needs either a policy, a checkpoint's folder, or a run")
     nfe = method.get("nfe")
     calls = nfe if isinstance(nfe, list) else [nfe]
-    how = {key: method.get(key) for key in HOW}
+    how: dict[str, Any] = {key: method.get(key) for key in HOW}
+    how["series"] = how["series"] or method["name"]
     for number in calls:
         _check_type(method["name"], "nfe", number, (int,))
     for key, value in how.items():
@@ -122,7 +124,7 @@ def _rows(method: Mapping[str, Any]) -> Iterator[Row]:
         for number in calls:
             marks = [str(number)] * (len(calls) > 1) + [f"step {step}"] * (step is not None)
             name = " ".join([method["name"], *marks])
-            yield Row(name, method["name"], policies, number, **how, step=step)
+            yield Row(name, policies=policies, nfe=number, **how, step=step)
 
 
 def _policies(policy: str | Mapping[str, str]) -> dict[str | None, Path]:

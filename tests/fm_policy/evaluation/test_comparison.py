@@ -66,6 +66,13 @@ def test_rows_are_named_by_what_tells_them_apart(tmp_path):
     assert [row.name for row in layout.rows] == ["A", *(f"FT {n} step {s}" for s in (100, 200) for n in (2, 4))]
     assert layout.base.name == "A" and str(layout.base.policy_for(layout.columns[0])) == "a"
     assert layout.rows[-1].policy_for(layout.columns[0]).parent.name == "000200"
+    assert [row.series for row in layout.rows] == ["A", *["FT"] * 4]
+
+
+def test_methods_share_a_line_where_they_say_so():
+    two, one = ({"name": f"FT {calls}", "policy": f"dir{calls}", "nfe": calls, "series": "FT"} for calls in (2, 1))
+    rows = read_layout({"methods": [{"name": "FM", "policy": "dir", "nfe": [2, 1]}, two, one], "tasks": [TASK]}).rows
+    assert [(row.name, row.series) for row in rows] == [("FM 2", "FM"), ("FM 1", "FM"), ("FT 2", "FT"), ("FT 1", "FT")]
 
 
 @pytest.mark.parametrize(
@@ -88,6 +95,7 @@ def test_rows_are_named_by_what_tells_them_apart(tmp_path):
             "nfe of method 'A' must be of type int, got '4'",
         ),
         ({"methods": [{"name": "A", "policy": "x", "solver": 3}]}, "solver of method 'A' must be of type str, got 3"),
+        ({"methods": [{"name": "A", "policy": "x", "series": 3}]}, "series of method 'A' must be of type str, got 3"),
         ({"methods": [{"name": "A"}]}, "'A' needs either a policy, a checkpoint's folder, or a run"),
         ({"methods": [{"name": "FM 2", "policy": {"Lift": "x"}}]}, r"tasks that the table lacks: \['Lift'\]"),
         ({"methods": [{"name": "A", "run": "nowhere"}]}, "nowhere is no training run"),
