@@ -8,7 +8,6 @@ Data contract
 """
 
 import copy
-import logging
 from collections import deque
 from contextlib import nullcontext
 from pathlib import Path
@@ -77,8 +76,7 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         config = self.config
         if config.window_store:
             window_store.attach(window_store.of_policy(meta, config, config.input_features or {}))
-        if constant := normalization.widen_constants(config, getattr(meta, "stats", None) or {}):
-            logging.warning(f"The same in all of the data, so that nothing is learned from it: {', '.join(constant)}")
+        normalization.prepare(config, meta)
 
     def _keep_base(self) -> None:
         config = self.config

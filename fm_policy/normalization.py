@@ -3,14 +3,18 @@
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from lerobot.configs import NormalizationMode
 from lerobot.processor import NormalizerProcessorStep, PolicyProcessorPipeline
 
-from fm_policy.configuration_fm_ft import FlowMatchingConfig
+if TYPE_CHECKING:
+    from fm_policy.baselines.configuration_dp_ema import DiffusionEmaConfig
+    from fm_policy.configuration_fm_ft import FlowMatchingConfig
+
+    type Config = FlowMatchingConfig | DiffusionEmaConfig
 
 # A range below it, in units of the number or of 1, is rounding.
 TINY = 1e-6
@@ -26,7 +30,13 @@ STATISTICS = {
 }
 
 
-def widen_constants(config: FlowMatchingConfig, stats: dict[str, dict[str, Any]]) -> list[str]:
+def prepare(config: "Config", meta: Any) -> None:
+    """Widen what never changes in a data set that LeRobot's trainer hands in, and tell of it."""
+    if constant := widen_constants(config, getattr(meta, "stats", None) or {}):
+        logging.warning(f"The same in all of the data, so that nothing is learned from it: {', '.join(constant)}")
+
+
+def widen_constants(config: "Config", stats: dict[str, dict[str, Any]]) -> list[str]:
     """Give every observed number that is the same in all of the data a range, in place.
 
     LeRobot divides by the range, or by 1e-8 where there is none: a joint that stood at .3 throughout and is at .301
@@ -54,7 +64,7 @@ def widen_constants(config: FlowMatchingConfig, stats: dict[str, dict[str, Any]]
     return constant
 
 
-def keep_statistics(config: FlowMatchingConfig, folder: Path) -> None:
+def keep_statistics(config: "Config", folder: Path) -> None:
     """See that a training normalises as its base did: LeRobot would take the data set's statistics, without a word.
 
     Where `config.keep_statistics` is set, the base's statistics take the place of the data set's, in the description
@@ -92,9 +102,7 @@ def _stored_statistics(source: str) -> dict[str, dict[str, Any]]:
     return {name: dict(values) for name, values in (normalizer.stats or {}).items()}
 
 
-def _differing_statistics(
-    config: FlowMatchingConfig, stored: Statistics, given: Statistics
-) -> dict[str, tuple[list, list]]:
+def _differing_statistics(config: "Config", stored: Statistics, given: Statistics) -> dict[str, tuple[list, list]]:
     """`"<feature> <statistic>"` to the base's value and the data set's, where they differ."""
     differing = {}
     for name, feature in {**(config.input_features or {}), **(config.output_features or {})}.items():

@@ -25,6 +25,7 @@ class DiffusionEmaConfig(WindowedConfig, DiffusionConfig):
         window_store: See `FlowMatchingConfig`.
         observation_noise: See `FlowMatchingConfig`.
         noise_scale: See `FlowMatchingConfig`; of DDPM, of what its steps add, too.
+        keep_statistics: See `FlowMatchingConfig`.
         ema_power: Exponent of the average's warm-up, decay = 1 - update^(-power).
         ema_max_decay: Upper bound of the decay.
     """
@@ -36,6 +37,7 @@ class DiffusionEmaConfig(WindowedConfig, DiffusionConfig):
     window_store: bool = False
     observation_noise: float = 0.0
     noise_scale: float = 1.0
+    keep_statistics: bool = False
 
     normalization_mapping: dict[str, NormalizationMode] = field(
         default_factory=lambda: {

@@ -1,6 +1,7 @@
 """LeRobot's diffusion policy with averaged weights, and with noise that can be handed in whole."""
 
 from itertools import chain, repeat
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from lerobot.policies.diffusion.modeling_diffusion import DiffusionModel, DiffusionPolicy
 from torch import Tensor, nn
 
-from fm_policy import contract, window_store
+from fm_policy import contract, normalization, window_store
 from fm_policy.baselines.configuration_dp_ema import STOCHASTIC, DiffusionEmaConfig
 from fm_policy.ema import ema_decay, ema_update
 from fm_policy.flow.noise import disturbed
@@ -76,8 +77,10 @@ class DiffusionEmaPolicy(DiffusionPolicy):
         self.register_buffer("ema_updates", torch.zeros((), dtype=torch.int64))
         self.register_buffer("training_steps", torch.zeros((), dtype=torch.int64))  # see `of_step`
         self.nfe = config.nfe
-        if config.window_store and dataset_meta is not None:
-            window_store.attach(window_store.of_policy(dataset_meta, config, config.input_features or {}))
+        if dataset_meta is not None:
+            if config.window_store:
+                window_store.attach(window_store.of_policy(dataset_meta, config, config.input_features or {}))
+            normalization.prepare(config, dataset_meta)
 
     def __getattr__(self, name: str) -> Any:
         """The net that LeRobot's methods know as `diffusion`: in evaluation mode the average."""
@@ -101,6 +104,18 @@ class DiffusionEmaPolicy(DiffusionPolicy):
         self.ema_updates += 1
         decay = ema_decay(int(self.ema_updates), self.config.ema_power, self.config.ema_max_decay)
         ema_update(self.ema_diffusion, self._modules["diffusion"], decay)
+
+    @classmethod
+    def _load_as_safetensor(
+        cls, model: "DiffusionEmaPolicy", model_file: str, map_location: str, strict: bool
+    ) -> "DiffusionEmaPolicy":
+        """Load weights; of a training that goes on, only where the data are normalised as they were.
+
+        Raises:
+            ValueError: As `keep_statistics`.
+        """
+        normalization.keep_statistics(model.config, Path(model_file).parent)
+        return super()._load_as_safetensor(model, model_file, map_location, strict)
 
     def ema_only(self) -> "DiffusionEmaPolicy":
         """A copy whose weights are the averaged ones, and whose average begins anew with them."""

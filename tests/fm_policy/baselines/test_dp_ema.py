@@ -1,11 +1,14 @@
 """LeRobot's diffusion policy as a baseline: what it adds, and that it is otherwise LeRobot's."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
-from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 from lerobot.policies.diffusion.modeling_diffusion import DiffusionModel
-from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+from lerobot.policies.factory import get_policy_class, make_policy, make_pre_post_processors
 
 from fm_policy.baselines.configuration_dp_ema import DiffusionEmaConfig
 from fm_policy.baselines.modeling_dp_ema import DiffusionEmaPolicy
@@ -152,6 +155,48 @@ def test_every_kind_of_feature_is_normalised_and_windows_come_from_the_store():
     assert plain.action_delta_indices == lerobot.action_delta_indices
     preprocessor, _ = make_pre_post_processors(stored, dataset_stats=None)
     assert isinstance(preprocessor.steps[0], WindowStoreStep)
+
+
+def board(largest: float = 2.0, **stood) -> SimpleNamespace:
+    """A data set's description, its numbers between 0 and `largest`, as LeRobot's trainer hands it in."""
+    shapes = {name: ft.shape for name, ft in (INPUTS | OUTPUTS).items()}
+    stats = {
+        name: {"min": np.zeros(shape, np.float32), "max": np.full(shape, largest, np.float32)}
+        for name, shape in shapes.items()
+    }
+    stats["observation.state"] |= {end: np.array(value, np.float32) for end, value in stood.items()}
+    features = {name: {"dtype": "float32", "shape": shape, "names": None} for name, shape in shapes.items()}
+    return SimpleNamespace(features=features, stats=stats, root="data/board", repo_id="local/board")
+
+
+def test_a_training_goes_on_with_its_own_normalisation_alone(tmp_path):
+    first = board()
+    ours = make_policy(config(), ds_meta=first)
+    ours.save_pretrained(tmp_path)
+    for processor in make_pre_post_processors(ours.config, dataset_stats=first.stats):
+        processor.save_pretrained(tmp_path)
+
+    def go_on(data, **changes):
+        read = PreTrainedConfig.from_pretrained(tmp_path)
+        read.pretrained_path = tmp_path
+        for name, value in changes.items():
+            setattr(read, name, value)
+        return make_policy(read, ds_meta=data)
+
+    again = go_on(board()).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in ours.state_dict().items())
+    with pytest.raises(ValueError, match=r"data/board has other statistics than (?s:.*)action max: \[2.0, 2.0\] there"):
+        go_on(board(largest=3.0))
+    other = board(largest=3.0)
+    go_on(other, keep_statistics=True)
+    assert all((other.stats[name]["max"] == 2.0).all() for name in INPUTS | OUTPUTS)
+
+
+def test_what_never_changed_gets_a_range(caplog):
+    data = board(min=[0.3, 0.0], max=[0.3, 2.0])
+    make_policy(config(), ds_meta=data)
+    assert "nothing is learned from it: observation.state[0]" in caplog.text
+    assert np.allclose(data.stats["observation.state"]["max"], [2.3, 2.0])
 
 
 def test_lerobot_finds_the_policy_by_its_type_and_it_comes_back_from_disk(tmp_path):
