@@ -29,7 +29,11 @@ type MakeTask = Callable[[Column, bool], tuple[EnvConfig, tuple[str, ...]]]
 
 
 class Difference(NamedTuple):
-    """Of two cells of one column, paired by seed: the repeats of a seed count as their mean."""
+    """Of two cells of one column, paired by seed: the repeats of a seed count as their mean.
+
+    Wins and losses are counted on as many repeats as both have: one episode that succeeds would nearly always exceed
+    the mean of ten, whichever method is better.
+    """
 
     mean: float
     interval: Interval | None
@@ -79,7 +83,9 @@ def seed_differences(values: NDArray[np.float64], base: NDArray[np.float64]) -> 
 def difference(values: NDArray[np.float64], base: NDArray[np.float64]) -> Difference:
     """Compare tables `(seeds, repeats)` of the same seeds."""
     each = seed_differences(values, base)
-    wins, losses = int((each > 0).sum()), int((each < 0).sum())
+    both = min(values.shape[1], base.shape[1])
+    signs = np.sign(seed_differences(values[:, :both], base[:, :both]))
+    wins, losses = int((signs > 0).sum()), int((signs < 0).sum())
     return Difference(float(each.mean()), bootstrap_interval(each), wins, losses, sign_test(wins, losses))
 
 

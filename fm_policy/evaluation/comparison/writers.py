@@ -27,7 +27,7 @@ NOTES = (
     " that only rows of one R can be compared in it. Mean: of all episodes.",
     "Intervals hold 95 % over the starts: Wilson's of a success rate, at the number of independent episodes that the"
     " repeats are worth; a bootstrap over the starts of a difference, which is paired by start. The sign test counts"
-    " the starts on which a method succeeds more, or less, often than the base.",
+    " the starts on which a method succeeds more, or less, often than the base, on as many repeats as both have.",
     "Network calls are those of a chunk; a head's stand behind a plus sign. Milliseconds per chunk: median wall time of"
     " a batched call, processors included, over its rows; on a busy machine it says little.",
 )

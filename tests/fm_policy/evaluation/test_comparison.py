@@ -55,6 +55,16 @@ def test_differences_are_paired_by_seed_whatever_the_repeats():
     assert low < 0.125 < high
 
 
+def test_wins_are_counted_on_as_many_repeats_as_both_have():
+    """Two methods that both succeed in six of ten episodes: one of these against the mean of ten would win, mostly."""
+    draw = np.random.default_rng(0)
+    once, often = (draw.random((2000, 1)) < 0.6).astype(float), (draw.random((2000, 10)) < 0.6).astype(float)
+    found = difference(once, often)
+    assert found.wins == ((once > often[:, :1]).sum()) and found.losses == ((once < often[:, :1]).sum())
+    assert found.p > 0.05
+    assert found.mean == pytest.approx(once.mean() - often.mean())  # of all repeats
+
+
 # Layout
 
 
