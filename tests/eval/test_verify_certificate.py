@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fm_policy.assets import FOLDER
 from fm_policy.residual import record
 from fm_policy.residual.certificate import Search, certify
 from fm_policy.residual.control_synth import ControlSynth
@@ -82,6 +83,14 @@ def bend(document: dict, *path, by) -> None:
     for key in most:
         document = document[key]
     document[last] = by(document[last])
+
+
+def test_the_shipped_certificate_holds(verify, capsys):
+    folder = FOLDER / "pusht_certified"
+    verify(folder / "certificate.json", folder)
+    out = capsys.readouterr().out
+    assert all(f"{condition}: holds" in out for condition in ("contraction", "euler", "iss"))
+    assert "factor 0.998478" in out  # as its README says
 
 
 def test_holds(certified, verify, capsys):

@@ -27,6 +27,7 @@ SHIPPED = {
     default_policy(): ("pusht_b", "pretrain", 16, 12, 0.93),
     one_call_policy(): ("pusht_b", "finetune", 1, 12, 0.93),
     FOLDER / "pusht_two_calls": ("pusht_b", "finetune", 2, 12, 0.93),
+    FOLDER / "pusht_certified": ("pusht_b", "residual", 2, 12, 0.93),
     FOLDER / "pusht_unmirrored": ("pusht_b", "pretrain", 16, 12, 0.85),
     default_policy("kitchen"): ("kitchen", "pretrain", 4, 4, 0.75),
     default_policy("lift"): ("lift", "pretrain", 16, 4, 0.75),
