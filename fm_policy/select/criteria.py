@@ -58,7 +58,7 @@ def measure_error(run: SavedRun, samples: int, draws: int, seed: int, device: st
 
 
 def measure_coverage(run: SavedRun, seed: int, episodes: int, repeats: int, folder: Path, device: str) -> Measurement:
-    """Largest rewards in the run's own task, evaluated into a folder for each step and continued there after a kill.
+    """Largest rewards in the run's own task, evaluated into a folder for each step, and continued there to more.
 
     Raises:
         ValueError: If the run has no task, or the folder holds other evaluations.

@@ -345,5 +345,9 @@ def test_a_trained_run_is_chosen_from_by_coverage_and_continued_after_a_kill(tra
     assert json.loads((work / "000002" / "summary.json").read_text())["episodes_run_now"] == 1
     assert "score" in capsys.readouterr().out
 
-    with pytest.raises(SystemExit, match="holds another evaluation:\n  episodes: 3 there, 4 now"):
-        main([*arguments, "--episodes", "4"])
+    with pytest.raises(SystemExit, match="holds another evaluation:\n  episodes: 3 there, 2 now"):
+        main([*arguments, "--episodes", "2"])
+    assert record(trained)["checkpoints"] == rows
+    main([*arguments, "--episodes", "4"])  # more episodes are added to what is there
+    for step in rows:
+        assert json.loads((work / step / "summary.json").read_text())["episodes_run_now"] == 2
