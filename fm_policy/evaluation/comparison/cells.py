@@ -31,8 +31,7 @@ type MakeTask = Callable[[Column, bool], tuple[EnvConfig, tuple[str, ...]]]
 class Difference(NamedTuple):
     """Of two cells of one column, paired by seed: the repeats of a seed count as their mean.
 
-    Wins and losses are counted on as many repeats as both have: one episode that succeeds would nearly always exceed
-    the mean of ten, whichever method is better.
+    The mean is of all repeats; wins and losses are those of `seed_differences`.
     """
 
     mean: float
@@ -76,16 +75,19 @@ class Cell:
 
 
 def seed_differences(values: NDArray[np.float64], base: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean over the repeats minus the base's, `(seeds,)`, of tables with the same seeds and any repeats."""
-    return values.mean(axis=1) - base.mean(axis=1)
+    """Mean over the repeats minus the base's, `(seeds,)`, of tables of the same seeds, on as many repeats as both have.
+
+    One episode that succeeds would nearly always exceed the mean of ten, whichever method is better.
+    """
+    both = min(values.shape[1], base.shape[1])
+    return values[:, :both].mean(axis=1) - base[:, :both].mean(axis=1)
 
 
 def difference(values: NDArray[np.float64], base: NDArray[np.float64]) -> Difference:
     """Compare tables `(seeds, repeats)` of the same seeds."""
-    each = seed_differences(values, base)
-    both = min(values.shape[1], base.shape[1])
-    signs = np.sign(seed_differences(values[:, :both], base[:, :both]))
-    wins, losses = int((signs > 0).sum()), int((signs < 0).sum())
+    each = values.mean(axis=1) - base.mean(axis=1)
+    alike = seed_differences(values, base)
+    wins, losses = int((alike > 0).sum()), int((alike < 0).sum())
     return Difference(float(each.mean()), bootstrap_interval(each), wins, losses, sign_test(wins, losses))
 
 

@@ -111,10 +111,13 @@ def _rows(method: Mapping[str, Any]) -> Iterator[Row]:
     _check_names(method, "a method", {"name"}, {"policy", "run", "nfe", *HOW})
     if ("policy" in method) == ("run" in method):
         raise ValueError(f"method {method['name']!r} needs either a policy, a checkpoint's folder, or a run")
+    if {"run", "series"} <= method.keys():
+        raise ValueError(f"method {method['name']!r} is a run, which is a line of its own: leave its series away")
     nfe = method.get("nfe")
     calls = nfe if isinstance(nfe, list) else [nfe]
     how: dict[str, Any] = {key: method.get(key) for key in HOW}
-    how["series"] = how["series"] or method["name"]
+    if how["series"] is None:
+        how["series"] = method["name"]
     for number in calls:
         _check_type(method["name"], "nfe", number, (int,))
     for key, value in how.items():

@@ -36,7 +36,8 @@ def draw(cells: Sequence[Cell], base: Cell | None) -> dict[str, str]:
     others = [cell for cell in cells if cell is not base]
     if base and others:
         caption = "Wins (blue) and losses (red) against the base, start by start in the order of the seeds: difference "
-        pictures[caption + "of the shares of successful episodes."] = strips(others, base)
+        caption += "of the shares of successful episodes, on as many repeats as both have."
+        pictures[caption] = strips(others, base)
     if cells[0].summary["task"]["type"] == FmPushtEnv().type:
         caption = "Where episodes fail: an arrow for the block at every start, from its bar along a third of its stem, "
         caption += "from blue (none of its episodes) to red (all of them); "
@@ -50,18 +51,23 @@ def success_by_calls(cells: Sequence[Cell]) -> str:
     axes = figure.subplots()
     for number, series in enumerate(dict.fromkeys(cell.row.series for cell in cells)):
         own = [cell for cell in cells if cell.row.series == series]
-        by_calls = {cell.summary["nfe"] + cell.summary["head_nfe"]: cell for cell in own}
-        calls, own = [*by_calls], [*by_calls.values()]  # of several checkpoints of a run the last one stands for it
+        last = {(_calls(cell), cell.row.step is None and cell.row.name): cell for cell in own}
+        own = [*last.values()]  # of several checkpoints of a run the last one stands for it
+        calls = [_calls(cell) for cell in own]
         order = np.argsort(calls)
         beside = 1.03**number  # so that intervals at equal calls do not hide one another
         _errorbar(axes, [beside * calls[i] for i in order], [own[i] for i in order], label=series)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="network calls per chunk", ylabel="success", ylim=(0, 1))
-    ticks = sorted({cell.summary["nfe"] + cell.summary["head_nfe"] for cell in cells})
+    ticks = sorted({_calls(cell) for cell in cells})
     axes.set_xticks(ticks, [f"{calls:g}" for calls in ticks], minor=False)
     axes.set_xticks([], minor=True)
     axes.legend(fontsize="small", frameon=False)
     return _address(figure)
+
+
+def _calls(cell: Cell) -> float:
+    return cell.summary["nfe"] + cell.summary["head_nfe"]
 
 
 def _errorbar(axes: "Axes", x: Sequence[float], cells: Sequence[Cell], label: str, linestyle: str = "-") -> None:

@@ -14,7 +14,7 @@ import pytest
 from fm_policy.assets import default_demos
 from fm_policy.evaluation.checkpoint import load_checkpoint
 from fm_policy.evaluation.comparison import errors, pictures, writers
-from fm_policy.evaluation.comparison.cells import difference, fill
+from fm_policy.evaluation.comparison.cells import difference, fill, seed_differences
 from fm_policy.evaluation.comparison.layout import read_layout
 from fm_policy.evaluation.held_out_windows import HeldOutWindows
 from fm_policy.evaluation.report import summarise
@@ -63,6 +63,8 @@ def test_wins_are_counted_on_as_many_repeats_as_both_have():
     assert found.wins == ((once > often[:, :1]).sum()) and found.losses == ((once < often[:, :1]).sum())
     assert found.p > 0.05
     assert found.mean == pytest.approx(once.mean() - often.mean())  # of all repeats
+    each = seed_differences(once, often)  # what a strip of the table shows
+    assert set(each) == {-1, 0, 1} and ((each > 0).sum(), (each < 0).sum()) == (found.wins, found.losses)
 
 
 # Layout
@@ -106,6 +108,11 @@ def test_methods_share_a_line_where_they_say_so():
         ),
         ({"methods": [{"name": "A", "policy": "x", "solver": 3}]}, "solver of method 'A' must be of type str, got 3"),
         ({"methods": [{"name": "A", "policy": "x", "series": 3}]}, "series of method 'A' must be of type str, got 3"),
+        ({"methods": [{"name": "A", "policy": "x", "series": 0}]}, "series of method 'A' must be of type str, got 0"),
+        (
+            {"methods": [{"name": "A", "run": "x", "series": "B"}]},
+            "method 'A' is a run, which is a line of its own: leave its series away",
+        ),
         ({"methods": [{"name": "A"}]}, "'A' needs either a policy, a checkpoint's folder, or a run"),
         ({"methods": [{"name": "FM 2", "policy": {"Lift": "x"}}]}, r"tasks that the table lacks: \['Lift'\]"),
         ({"methods": [{"name": "A", "run": "nowhere"}]}, "nowhere is no training run"),
@@ -320,6 +327,11 @@ def test_every_number_of_calls_of_a_method_is_drawn(filled, monkeypatch):
     monkeypatch.setattr(pictures, "_errorbar", errorbar)
     pictures.success_by_calls(run)
     assert drawn == [("FT", [2, 4], [200, 200])]
+
+    drawn.clear()
+    methods = [replace(base, row=replace(base.row, name=name, series="FT")) for name in ("one way", "another")]
+    pictures.success_by_calls(methods)
+    assert drawn == [("FT", [2, 2], [None, None])]  # methods of a series do not hide one another
 
 
 def test_a_run_is_drawn_over_its_steps(checkpoint, make_task, tmp_path):
