@@ -8,7 +8,7 @@ import argparse
 import logging
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def _select(args: argparse.Namespace) -> None:
     from fm_policy.average import export
     from fm_policy.evaluation.provenance import PACKAGES, versions
     from fm_policy.files import check_free, write_json
-    from fm_policy.select.choice import choose
+    from fm_policy.select.choice import choose, usable
     from fm_policy.select.criteria import measure_coverage, measure_error
     from fm_policy.select.report import as_table, reason
     from fm_policy.select.saved_run import open_run
@@ -68,13 +68,14 @@ def _select(args: argparse.Namespace) -> None:
     logging.getLogger("lerobot.utils.import_utils").setLevel(logging.ERROR)
     register_third_party_plugins()  # as LeRobot's programs do: the policy and the tasks become known
     run = open_run(args.run)
-    for step, trouble in run.skipped.items():
-        print(f"select: checkpoint {step} is skipped: {trouble}", file=sys.stderr)
+    _tell_skipped(run.skipped)
     if args.by == "error":
         measured = measure_error(run, args.samples, args.draws, args.seed, args.device)
     else:
         measured = measure_coverage(run, args.seed, args.episodes, args.repeats, args.work, args.device)
-    best, standings = choose(measured.values, smallest=args.by == "error")
+    values, diverged = usable(measured.values)
+    _tell_skipped(diverged)
+    best, standings = choose(values, smallest=args.by == "error")
     why, path = reason(best, standings, args.by, measured.sample), run.checkpoints[best]
     rows = {
         step: {"path": str(run.checkpoints[step]), **asdict(standing), **measured.details[step]}
@@ -86,7 +87,7 @@ def _select(args: argparse.Namespace) -> None:
         "reason": why,
         "criterion": {"by": args.by, **measured.settings},
         "checkpoints": rows,
-        "skipped": run.skipped,
+        "skipped": run.skipped | diverged,
         "versions": versions(PACKAGES),
         "command": shlex.join(["python", "-m", "fm_policy.select", *sys.argv[1:]]),
     }
@@ -95,6 +96,11 @@ def _select(args: argparse.Namespace) -> None:
     if args.out:
         export(path, args.out, args.device)
         print(f"{args.out}: the same with its averaged weights alone")
+
+
+def _tell_skipped(skipped: Mapping[str, str]) -> None:
+    for step, trouble in skipped.items():
+        print(f"select: checkpoint {step} is skipped: {trouble}", file=sys.stderr)
 
 
 def _check_seeds(seeds: range) -> None:

@@ -28,6 +28,21 @@ class Standing:
     separated: bool
 
 
+def usable(values: Mapping[str, NDArray[np.float64]]) -> tuple[dict[str, NDArray[np.float64]], dict[str, str]]:
+    """Part what can be compared from what cannot: the criteria that are finite, and why the others are skipped.
+
+    Weights that are finite, but enormous, make chunks that are not.
+
+    Raises:
+        ValueError: If nothing can be compared.
+    """
+    finite = {name: value for name, value in values.items() if np.isfinite(value).all()}
+    skipped = {name: "its training diverged: its criterion is not finite" for name in values if name not in finite}
+    if not finite:
+        raise ValueError(f"no checkpoint can be chosen: the criterion of {', '.join(skipped)} is not finite")
+    return finite, skipped
+
+
 def choose(values: Mapping[str, NDArray[np.float64]], smallest: bool) -> tuple[str, dict[str, Standing]]:
     """Choose the best mean, the first of equals, and compare every checkpoint with it.
 
@@ -35,7 +50,7 @@ def choose(values: Mapping[str, NDArray[np.float64]], smallest: bool) -> tuple[s
     more the more checkpoints there are.
 
     Args:
-        values: Criterion of every checkpoint, `(episodes or seeds, draws or repeats)`, the same ones for all.
+        values: Finite criterion of every checkpoint, `(episodes or seeds, draws or repeats)`, the same ones for all.
         smallest: Whether less is better.
 
     Returns:

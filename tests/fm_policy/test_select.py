@@ -251,6 +251,32 @@ def test_checkpoints_that_are_not_whole_are_skipped_and_named(make_run, capsys):
     assert (found["chosen"], list(found["checkpoints"]), list(found["skipped"])) == ("000100", ["000100"], [*steps])
 
 
+def enlarge(run: Path, step: str) -> None:
+    """Multiply what the average of a checkpoint starts from until its chunks overflow."""
+    file = run / "checkpoints" / step / "pretrained_model" / "model.safetensors"
+    weights = load_file(file)
+    enlarged = {name: values + 1e38 * name.startswith("ema_net.velocity") for name, values in weights.items()}
+    assert all(values.isfinite().all() for values in enlarged.values())
+    save_file(enlarged, file, metadata={"format": "pt"})
+
+
+def test_a_checkpoint_whose_finite_weights_make_chunks_that_are_not_is_skipped(make_run, capsys):
+    run = make_run({"000100": 0.0, "000200": 0.0, "000300": 0.4})
+    enlarge(run, "000100")
+    main([str(run), "--samples", "4", "--draws", "1"])
+    found = record(run)
+    assert (found["chosen"], list(found["checkpoints"]), list(found["skipped"])) == (
+        "000200",
+        ["000200", "000300"],
+        ["000100"],
+    )
+    assert "checkpoint 000100 is skipped: its training diverged: its criterion is not finite" in capsys.readouterr().err
+    for step in ("000200", "000300"):
+        enlarge(run, step)
+    with pytest.raises(SystemExit, match="no checkpoint can be chosen: the criterion of 000100, 000200, 000300"):
+        main([str(run), "--samples", "4", "--draws", "1"])
+
+
 def test_a_run_without_a_usable_checkpoint_is_refused(make_run, tmp_path):
     run = make_run({"000100": 0.0})
     cut(run / "checkpoints" / "000100" / "pretrained_model")
