@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 from lerobot.utils.constants import ACTION
 
 from fm_policy.deploy.rtc import METHODS
+from fm_policy.ema import check_schedule
 from fm_policy.flow.coupling import COUPLINGS, REFUSED
+from fm_policy.flow.losses import SIGMA_RANGE
 from fm_policy.flow.noise import check_noise_scale
 from fm_policy.flow.solvers import SOLVER_CALLS
 from fm_policy.residual.control_synth import LAYOUTS
@@ -32,6 +34,18 @@ CHOICES = {
 }
 
 
+AT_LEAST_ONE = (
+    *("n_obs_steps", "horizon", "n_action_steps", "num_solver_steps", "nearest_k", "reflow_steps"),
+    *("head_width", "head_steps", "kernel_size", "n_groups"),
+    *("transformer_dim", "transformer_layers", "transformer_heads"),
+)
+NOT_NEGATIVE = (
+    *("drop_n_last_frames", "observation_noise", "cfm_weight", "finetune_lr", "optimizer_lr", "head_lr"),
+    *("head_penalty_weight", "head_penalty_margin", "spatial_softmax_num_keypoints"),
+)
+POSITIVE = ("head_rate", "head_span")
+
+
 def check(config: "FlowMatchingConfig") -> None:
     """Check what a configuration says of itself.
 
@@ -39,6 +53,7 @@ def check(config: "FlowMatchingConfig") -> None:
         ValueError: Naming the setting, its value and what was expected.
     """
     _check_choices(config)
+    _check_numbers(config)
     _check_time(config)
     _check_finetuning(config)
     _check_head(config)
@@ -82,13 +97,21 @@ def _check_choices(config: "FlowMatchingConfig") -> None:
             raise ValueError(f"{name} must be one of {list(known)}, got {value!r}")
 
 
-def _check_time(config: "FlowMatchingConfig") -> None:
-    for name in ("n_obs_steps", "horizon", "n_action_steps", "num_solver_steps"):
-        if getattr(config, name) < 1:
+def _check_numbers(config: "FlowMatchingConfig") -> None:
+    for name in AT_LEAST_ONE:
+        if not 1 <= getattr(config, name) < math.inf:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
-    if config.drop_n_last_frames < 0:  # type: ignore[operator]
-        raise ValueError(f"drop_n_last_frames must not be negative, got {config.drop_n_last_frames}")
+    for name in NOT_NEGATIVE:
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ValueError(f"{name} must be finite and 0 or more, got {getattr(config, name)}")
+    for name in POSITIVE:
+        if not 0 < getattr(config, name) < math.inf:
+            raise ValueError(f"{name} must be finite and positive, got {getattr(config, name)}")
     check_noise_scale(config.noise_scale)
+    check_schedule(config.ema_power, config.ema_max_decay)
+
+
+def _check_time(config: "FlowMatchingConfig") -> None:
     if not 0 < config.rtc_warm_start < 1:
         raise ValueError(f"rtc_warm_start must be a time in (0, 1), got {config.rtc_warm_start}")
     if config.n_action_steps > config.chunk_length:
@@ -99,17 +122,9 @@ def _check_time(config: "FlowMatchingConfig") -> None:
 
 
 def _check_finetuning(config: "FlowMatchingConfig") -> None:
-    if not 0 <= config.observation_noise < math.inf:
-        raise ValueError(f"observation_noise must be finite and 0 or more, got {config.observation_noise}")
-    for name in ("nearest_k", "reflow_steps"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
-    if config.cfm_weight < 0 or config.finetune_lr < 0:
-        raise ValueError(
-            f"cfm_weight and finetune_lr must not be negative, got {config.cfm_weight} and {config.finetune_lr}"
-        )
-    if any(sigma <= 0 for sigma in config.sigma):
-        raise ValueError(f"every sigma must be positive, got {list(config.sigma)}")
+    low, high = SIGMA_RANGE
+    if not all(low <= sigma <= high for sigma in config.sigma):
+        raise ValueError(f"every sigma must be between {low:.3g} and {high:.3g}, got {list(config.sigma)}")
     if config.variance == "diagonal" and not config.sigma:
         raise ValueError("variance='diagonal' needs sigma: one number per action dimension, or per element")
     if config.stage == "pretrain" and config.coupling != "independent":
@@ -130,15 +145,6 @@ def _check_head(config: "FlowMatchingConfig") -> None:
             f"head_activations must be some of {list(NONLINEARITIES)}, on the command line as '[\"tanh\"]', "
             f"got {list(config.head_activations)}"
         )
-    for name in ("head_width", "head_steps"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
-    for name in ("head_rate", "head_span"):
-        if getattr(config, name) <= 0:
-            raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
-    for name in ("head_penalty_weight", "head_penalty_margin", "head_lr"):
-        if getattr(config, name) < 0:
-            raise ValueError(f"{name} must not be negative, got {getattr(config, name)}")
     if config.stage == "residual" and config.cfm_weight and not config.train_base:
         raise ValueError(f"cfm_weight={config.cfm_weight} is a loss of the base, which train_base=False leaves alone")
 
@@ -153,15 +159,11 @@ def _check_nets(config: "FlowMatchingConfig") -> None:
         )
     if not 0 <= config.transformer_dropout < 1:
         raise ValueError(f"transformer_dropout must be in [0, 1), got {config.transformer_dropout}")
-    if not 0 <= config.ema_max_decay <= 1 or config.ema_power <= 0:
-        raise ValueError(
-            f"ema_max_decay must be in [0, 1] and ema_power positive, got {config.ema_max_decay} and {config.ema_power}"
-        )
 
 
 def _check_unet(config: "FlowMatchingConfig") -> None:
-    if not config.down_dims:
-        raise ValueError("down_dims needs at least one level, got none")
+    if not config.down_dims or min(config.down_dims) < 1:
+        raise ValueError(f"down_dims needs at least one level, each at least 1 wide, got {tuple(config.down_dims)}")
     shrink = 2 ** (len(config.down_dims) - 1)
     if config.horizon % shrink:
         raise ValueError(
@@ -176,14 +178,14 @@ def _check_unet(config: "FlowMatchingConfig") -> None:
 
 
 def _check_images(config: "FlowMatchingConfig") -> None:
+    for name in ("resize_shape", "crop_shape"):
+        shape = getattr(config, name)
+        if shape is not None and (len(shape) != 2 or min(shape) < 1):
+            raise ValueError(f"{name} must be a height and a width, each at least 1, got {shape}")
     if config.crop_shape and config.resize_shape:
         larger = [c > r for c, r in zip(config.crop_shape, config.resize_shape, strict=True)]
         if any(larger):
             raise ValueError(f"crop_shape={config.crop_shape} must fit into resize_shape={config.resize_shape}")
-    if config.spatial_softmax_num_keypoints < 0:
-        raise ValueError(
-            f"spatial_softmax_num_keypoints must not be negative, got {config.spatial_softmax_num_keypoints}"
-        )
 
 
 def _check_normalization(config: "FlowMatchingConfig") -> None:

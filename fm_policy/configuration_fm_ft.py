@@ -68,8 +68,8 @@ class FlowMatchingConfig(WindowedConfig, PreTrainedConfig):
             smoother.
         variance: Of the likelihood of a reconstruction: `scalar`, eq. (6); `diagonal`, eq. (B.7), one fixed
             `sigma` per element; `learned`, the same with its log-determinant.
-        sigma: Standard deviations for `diagonal` (and where `learned` starts), in units of the normalised action:
-            `action_dim` numbers for every time step, or `horizon * action_dim`, time by time.
+        sigma: Standard deviations for `diagonal` (and where `learned` starts), in units of the normalised action, from
+            .0067 to 7.39: `action_dim` numbers for every time step, or `horizon * action_dim`, time by time.
         cfm_weight: Weight of the flow-matching loss, eq. (3), that remains beside the likelihood in fine-tuning.
         checkpoint_solver: Fine-tuning keeps only the states between solver steps and computes the rest again in
             the backward pass: the memory of one step, for about a third more time.

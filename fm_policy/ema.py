@@ -1,5 +1,7 @@
 """Exponential moving average of the weights, with the schedule of diffusers' `EMAModel`."""
 
+import math
+
 import torch
 from torch import nn
 
@@ -15,6 +17,18 @@ def ema_decay(update: int, power: float = 0.75, max_decay: float = 0.9999) -> fl
     if update < 1:
         raise ValueError(f"updates are counted from 1, got {update}")
     return min(1.0 - update**-power, max_decay)
+
+
+def check_schedule(power: float, max_decay: float) -> None:
+    """Refuse what is no schedule of a decay, by the names that the configurations have for it.
+
+    Raises:
+        ValueError: If the power is not positive and finite, or the bound not in [0, 1].
+    """
+    if not (0 < power < math.inf and 0 <= max_decay <= 1):
+        raise ValueError(
+            f"ema_max_decay must be in [0, 1] and ema_power positive and finite, got {max_decay} and {power}"
+        )
 
 
 @torch.no_grad()

@@ -48,13 +48,16 @@ def widen_constants(config: "Config", stats: dict[str, dict[str, Any]]) -> list[
 
     Returns:
         The numbers, as `"observation.state[3]"`.
+
+    Raises:
+        ValueError: If the data set lacks a statistic that the policy normalises by.
     """
     constant = []
     for name, feature in (config.input_features or {}).items():
         ends = STATISTICS[config.normalization_mapping[feature.type.value]]
         if name not in stats or not ends:
             continue
-        low, high = (np.asarray(stats[name][end], dtype=np.float64) for end in ends)
+        low, high = (np.asarray(_statistic(stats, name, end, "the data set"), dtype=np.float64) for end in ends)
         room = np.maximum(1.0, abs(low))
         width, wide = (high, room) if ends == ("mean", "std") else (high - low, low + 2 * room)
         flat = width < TINY * room
@@ -71,14 +74,14 @@ def keep_statistics(config: "Config", folder: Path) -> None:
     of the data set that LeRobot's trainer hands in and makes its processors of.
 
     Raises:
-        ValueError: If they differ and are not to be kept, naming both.
+        ValueError: If they differ and are not to be kept, naming both, or if one is missing.
     """
     meta = getattr(config, "_runtime_dataset_meta", None)
     if meta is None:
         return
     stored = _stored_statistics(str(config.pretrained_path or folder))
     widen_constants(config, stored)
-    differing = _differing_statistics(config, stored, meta.stats)
+    differing = _differing_statistics(config, stored, meta.stats, folder)
     if differing and not config.keep_statistics:
         lines = [f"{what}: {there} there, {here} here" for what, (there, here) in differing.items()]
         raise ValueError(
@@ -102,13 +105,27 @@ def _stored_statistics(source: str) -> dict[str, dict[str, Any]]:
     return {name: dict(values) for name, values in (normalizer.stats or {}).items()}
 
 
-def _differing_statistics(config: "Config", stored: Statistics, given: Statistics) -> dict[str, tuple[list, list]]:
+def _differing_statistics(
+    config: "Config", stored: Statistics, given: Statistics, folder: Path
+) -> dict[str, tuple[list, list]]:
     """`"<feature> <statistic>"` to the base's value and the data set's, where they differ."""
     differing = {}
     for name, feature in {**(config.input_features or {}), **(config.output_features or {})}.items():
         for statistic in STATISTICS[config.normalization_mapping[feature.type.value]]:
-            there = torch.as_tensor(stored[name][statistic]).double()
-            here = torch.as_tensor(given[name][statistic]).double().reshape(there.shape)
+            there = torch.as_tensor(_statistic(stored, name, statistic, f"the preprocessor of {folder}")).double()
+            here = torch.as_tensor(_statistic(given, name, statistic, "the data set")).double().reshape(there.shape)
             if not torch.allclose(here, there, rtol=1e-4, atol=1e-6):
                 differing[f"{name} {statistic}"] = there.flatten().tolist(), here.flatten().tolist()
     return differing
+
+
+def _statistic(stats: Statistics, name: str, statistic: str, owner: str) -> Any:
+    """One statistic of one feature; LeRobot would leave a feature without statistics as it is, without a word."""
+    if name not in stats:
+        raise ValueError(
+            f"{owner} has no statistics of {name!r}, only of {sorted(stats)} (--rename_map renames what a policy "
+            "sees when it acts, and no statistics of a training)"
+        )
+    if statistic not in stats[name]:
+        raise ValueError(f"{owner} has no {statistic!r} of {name!r}, by which it is normalised, only {[*stats[name]]}")
+    return stats[name][statistic]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 
+from fm_policy.ema import check_schedule
 from fm_policy.flow.noise import check_noise_scale
 from fm_policy.windows import WindowedConfig
 
@@ -59,6 +60,7 @@ class DiffusionEmaConfig(WindowedConfig, DiffusionConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_noise_scale(self.noise_scale)
+        check_schedule(self.ema_power, self.ema_max_decay)
         if not 0 <= self.observation_noise < math.inf:
             raise ValueError(f"observation_noise must be finite and 0 or more, got {self.observation_noise}")
 

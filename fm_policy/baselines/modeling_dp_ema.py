@@ -109,13 +109,14 @@ class DiffusionEmaPolicy(DiffusionPolicy):
     def _load_as_safetensor(
         cls, model: "DiffusionEmaPolicy", model_file: str, map_location: str, strict: bool
     ) -> "DiffusionEmaPolicy":
-        """Load weights; of a training that goes on, only where the data are normalised as they were.
+        """Load weights, all of them whatever `strict` says; to go on training, only on data normalised as they were.
 
         Raises:
             ValueError: As `keep_statistics`.
+            RuntimeError: If the file lacks a weight, as of the average, or has one too many.
         """
         normalization.keep_statistics(model.config, Path(model_file).parent)
-        return super()._load_as_safetensor(model, model_file, map_location, strict)
+        return super()._load_as_safetensor(model, model_file, map_location, strict=True)
 
     def ema_only(self) -> "DiffusionEmaPolicy":
         """A copy whose weights are the averaged ones, and whose average begins anew with them."""

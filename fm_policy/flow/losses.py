@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from fm_policy.flow.solvers import Velocity
 
 Reduction = Literal["mean", "none"]
 LOG_VARIANCE_RANGE = (-10.0, 4.0)
+SIGMA_RANGE = (math.exp(LOG_VARIANCE_RANGE[0] / 2), math.exp(LOG_VARIANCE_RANGE[1] / 2))
 HUBER_SCALE = 0.003
 """Of the distance between a chunk and its teacher's, in normalised actions: near enough for a robot."""
 

@@ -79,10 +79,16 @@ class Search:
             raise ValueError(f"method must be one of {list(METHODS)}, got {self.method!r}")
 
     def methods_for(self, system: System) -> tuple[str, ...]:
-        """The methods for a system of this size, each tried where those before it decide nothing."""
+        """The methods for a system of this size, each tried where those before it decide nothing.
+
+        Raises:
+            ValueError: If a linear system, whose programs have no multipliers, is asked for by `semidefinite`.
+        """
+        units = len(system.stacked_beta)
+        if self.method == SEMIDEFINITE and not units:
+            raise ValueError(f"method={self.method!r} is for systems with units, and this one is linear: ask by 'full'")
         if self.method is not None:
             return (self.method,)
-        units = len(system.stacked_beta)
         if 0 < units <= LARGEST_PROGRAM - system.n:
             return (SEMIDEFINITE,)
         if system.n <= LARGEST_FULL:

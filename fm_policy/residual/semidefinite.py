@@ -174,17 +174,22 @@ def excess_bound(matrix: Any, dual: Array, balanced: Balanced, p: Any, multiplie
     values, vectors = np.linalg.eigh((dual + dual.T) / 2)
     z = (vectors * np.maximum(values, 0.0)) @ vectors.T
     gradient = cvxpy().sum(cvxpy().multiply(z, matrix)).grad
-    by_p, weight = gradient[p].toarray().reshape(p.shape), -gradient[s].item()
+    by_p, weight = _dense(gradient[p]).reshape(p.shape), -_dense(gradient[s]).item()
     if not weight > 0:
         return -np.inf
     sizes = np.linalg.eigvalsh((by_p + by_p.T) / 2)
     bound = np.minimum(sizes, LARGEST * sizes).sum()
     for t in multipliers:
-        by_t = gradient[t].toarray().ravel()
+        by_t = _dense(gradient[t]).ravel()
         bound += np.minimum(SMALLEST_MULTIPLIER * by_t, LARGEST * by_t).sum()
     norms = [np.linalg.norm(part, 2) for part in (balanced.a0, balanced.a, balanced.w)]
     rounding = 8 * len(z) * EPSILON * LARGEST * np.abs(z).sum() * (1 + max(norms)) ** 2
     return float((bound - rounding) / weight)
+
+
+def _dense(gradient: Any) -> Array:
+    """A gradient of cvxpy, which is a sparse matrix, and of a variable with a single number a plain one."""
+    return gradient.toarray() if hasattr(gradient, "toarray") else np.asarray(gradient)
 
 
 def least_gain(a0: Array, balanced: Balanced, integrals: bool, solver: Solver) -> tuple[Array, Array, Array, float]:

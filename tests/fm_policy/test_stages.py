@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from lerobot.configs import PreTrainedConfig
+from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 from lerobot.policies.factory import make_policy
 from safetensors.torch import load_file, save_file
@@ -320,6 +320,34 @@ class TestStatistics:
             processor.save_pretrained(tmp_path)
         saved(policy, tmp_path)
         assert self.make(tmp_path, data).base_net is not None
+
+
+    def test_what_never_changed_is_divided_by_a_range_of_its_own_in_units_of_its_spread_too(self, tiny, caplog):
+        modes = {"VISUAL": "MEAN_STD", "STATE": "MEAN_STD", "ENV": "MIN_MAX", "ACTION": "MIN_MAX"}
+        config = tiny.config(normalization_mapping={kind: NormalizationMode(mode) for kind, mode in modes.items()})
+        data = self.data(config)
+        data.stats["observation.state"] |= {"mean": np.float32([5.0, 1.0]), "std": np.float32([0.0, 2.0])}
+        with caplog.at_level(logging.WARNING):
+            make_policy(config, ds_meta=data)
+        assert "nothing is learned from it: observation.state[0]" in caplog.text
+        assert data.stats["observation.state"]["std"].tolist() == [5.0, 2.0]
+
+    def test_statistics_that_are_not_there_are_named(self, tiny, tmp_path):
+        folder = self.base(tiny, tmp_path / "base")
+        data = self.data(tiny.config())
+        data.stats["observation.agent"] = data.stats.pop("observation.state")
+        with pytest.raises(ValueError, match="the data set has no statistics of 'observation.state', only of .*agent"):
+            self.make(folder, data)
+        bare = tiny.policy()
+        for processor in make_fm_ft_pre_post_processors(bare.config):
+            processor.save_pretrained(tmp_path / "bare")
+        saved(bare, tmp_path / "bare")
+        with pytest.raises(ValueError, match=r"the preprocessor of .*bare has no statistics of '.*', only of \[\]"):
+            self.make(tmp_path / "bare", self.data(tiny.config()))
+        modes = {"VISUAL": "MEAN_STD", "STATE": "QUANTILES", "ENV": "MIN_MAX", "ACTION": "MIN_MAX"}
+        quantiles = tiny.config(normalization_mapping={kind: NormalizationMode(mode) for kind, mode in modes.items()})
+        with pytest.raises(ValueError, match="the data set has no 'q01' of 'observation.state'"):
+            make_policy(quantiles, ds_meta=self.data(quantiles))
 
 
 class TestNewRunOfTheSameStage:

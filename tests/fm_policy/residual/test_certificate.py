@@ -387,6 +387,20 @@ def test_a_solver_that_gives_up_is_an_answer_of_its_own(dominant):
         assert answer.amount is None
 
 
+@pytest.mark.parametrize(("n", "k"), [(1, 4), (3, 1), (1, 1)])
+def test_one_action_or_one_unit_is_certified_like_any_other(n, k):
+    rng = np.random.default_rng(n + k)
+    w = 0.3 * rng.normal(size=(k, n))
+    one = System(-np.eye(n), (-w.T,), (w,), (np.zeros(k),), (np.ones(k),))
+    for ask, kind in ((contraction, Contraction), (functools.partial(euler, step=0.1), EulerContraction)):
+        by_program, by_descent = ask(one, search=Search("semidefinite")), ask(one, search=Search("full"))
+        assert isinstance(by_program, kind) and isinstance(by_descent, kind)
+    assert isinstance(iss(one, Search("semidefinite")), InputToState)
+    assert 0.99 < contraction(one, Search("semidefinite")).rate <= 1.0  # flat units: A0 alone
+    growing = System(np.eye(n), (-w.T,), (w,), (np.zeros(k),), (np.ones(k),))
+    assert contraction(growing, Search("semidefinite")).reason == "infeasible"
+
+
 def test_method_by_size():
     def sized(n: int, k: int) -> System:
         return System(-np.eye(n), (np.zeros((n, k)),), (np.zeros((k, n)),), (np.zeros(k),), (np.ones(k),))
@@ -396,6 +410,8 @@ def test_method_by_size():
     assert Search("identity").methods_for(sized(6, 16)) == ("identity",)
     with pytest.raises(ValueError, match="method must be one of .*'semidefinite'.* got 'sdp'"):
         Search("sdp")
+    with pytest.raises(ValueError, match="method='semidefinite' is for systems with units, and this one is linear"):
+        contraction(System(-np.eye(2), (), (), (), ()), Search("semidefinite"))
 
 
 def test_flattened_chunks_of_a_large_head_are_certified():
