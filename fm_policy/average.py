@@ -51,14 +51,19 @@ def export(checkpoint: Path, folder: Path, device: str = "cpu", half: bool = Fal
     loaded = load_any_checkpoint(checkpoint, device)
     policy = loaded.policy.ema_only()
     policy.config.pretrained_path = None  # where its base lay on this machine
-    weights = {name: _halved(name, value) if half else value for name, value in policy.state_dict().items()}
+    weights = {name: halved(name, value) if half else value for name, value in policy.state_dict().items()}
     with new_folder(folder) as draft:
         policy.save_pretrained(draft, state_dict=weights)
         for processor in (loaded.preprocessor, loaded.postprocessor):
             processor.save_pretrained(draft)
 
 
-def _halved(name: str, value: "Tensor") -> "Tensor":
+def halved(name: str, value: "Tensor") -> "Tensor":
+    """A weight in half precision; a number that counts is left as it is.
+
+    Raises:
+        ValueError: If the weight is too large for float16.
+    """
     if not value.is_floating_point():
         return value
     half = value.half()

@@ -88,11 +88,13 @@ def first_stage(method: str, recipe: Mapping[str, Any], **changes: Any) -> Plan:
         **changes: Fields of the plan that are not the recipe's, where they are not None.
 
     Raises:
-        ValueError: If the schedule is another than the cosine, or the net none that the method can have.
+        ValueError: If the schedule is another than the cosine, the net none that the method can have, or what is
+            observed shall be noisy.
     """
     policy = recipe["policy"]
     if policy["scheduler_name"] != "cosine":
         raise ValueError(f"scheduler_name must be 'cosine', got {policy['scheduler_name']!r}")
+    _check_clear(policy)
     if method == "ddpm":
         diffusion.check(policy)
     schedule = {"lr": policy["optimizer_lr"], "warmup": policy["scheduler_warmup_steps"], "cosine": True}
@@ -112,7 +114,7 @@ def second_stage(
         **changes: As for `first_stage`.
 
     Raises:
-        ValueError: If the coupling is unknown, or the loss another than eq. (6).
+        ValueError: If the coupling is unknown, the loss another than eq. (6), or what is observed shall be noisy.
     """
     if coupling not in TUNING_OF:
         raise ValueError(f"coupling must be one of {list(TUNING_OF)}, got {coupling!r}")
@@ -120,6 +122,7 @@ def second_stage(
     policy |= {"coupling": coupling, "num_solver_steps": solver_steps or policy["num_solver_steps"]}
     if policy["stage"] != "finetune" or policy["variance"] != "scalar" or policy["cfm_weight"]:
         raise ValueError("the second stage's recipe must be of eq. (6) alone: stage finetune, variance scalar")
+    _check_clear(policy)
     schedule = {"lr": policy["finetune_lr"], "warmup": 0, "cosine": coupling == "reflow"}
     name = f"ft_{coupling}_{policy['num_solver_steps']}"
     fields = {"name": name, "method": "ft", "policy": policy, **schedule, **_common(tuning, changes)}
@@ -136,6 +139,11 @@ def control(tuned: Plan, recipe: Mapping[str, Any], times: float) -> Plan:
     """
     fields = vars(tuned) | {"name": f"fm_continued_for_{tuned.name}", "method": "fm_continued"}
     return Plan(**fields | {"policy": dict(recipe["policy"]), "steps": max(1, round(tuned.steps * times))})
+
+
+def _check_clear(policy: Mapping[str, Any]) -> None:
+    if policy["observation_noise"]:
+        raise ValueError(f"observation_noise must be 0 here, got {policy['observation_noise']}")
 
 
 def _common(recipe: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from torch import Tensor
 from fm_policy.accelerator import diffusion
 from fm_policy.accelerator.data import IMAGE, IMAGENET
 from fm_policy.accelerator.training import AVERAGE_FILE, STATE_FILE
-from fm_policy.files import new_folder, part, read_tensors, write_json, write_tensors
+from fm_policy.average import halved
+from fm_policy.files import check_free, new_folder, part, read_tensors, write_json, write_tensors
 
 INDEX = "model.safetensors.index.json"
 LIMIT = 16 * 2**20
@@ -35,13 +36,14 @@ def home(run: Path, out: Path, limit: int = LIMIT) -> tuple[int, int]:
         The step that they are of, and all steps of the training.
 
     Raises:
-        ValueError: If the folder holds no training, or a weight is larger than a shard.
+        ValueError: If the folder holds no training, or a weight is larger than a shard or too large for float16.
     """
     files = [run / name for name in (AVERAGE_FILE, STATE_FILE) if (run / name).is_file()]
     if not files:
         raise ValueError(f"no training in {run}: it has neither {AVERAGE_FILE} nor {STATE_FILE}")
     tensors, about = read_tensors(files[0])
-    write_shards({name: weight.half() for name, weight in part(tensors, "average.").items()}, about, out, limit)
+    halves = {name: halved(name, weight) for name, weight in part(tensors, "average.").items()}
+    write_shards(halves, about, out, limit)
     return about["step"], about["plan"]["steps"]
 
 
@@ -51,7 +53,7 @@ def write_shards(tensors: Mapping[str, Tensor], about: Mapping[str, Any], out: P
     Raises:
         ValueError: If `out` is not empty, or a tensor does not fit into a file.
     """
-    _check_free(out)
+    check_free(out)
     shards: list[dict[str, Tensor]] = [{}]
     room = limit - HEADER
     for name, tensor in tensors.items():
@@ -105,7 +107,7 @@ def assemble(folder: Path, out: Path) -> None:
     from fm_policy.evaluation.policies import POLICIES
     from fm_policy.processor_fm_ft import make_fm_ft_pre_post_processors
 
-    _check_free(out)
+    check_free(out)
     weights, about = read_shards(folder)
     weights = {name: weight.float() for name, weight in weights.items()}
     diffuses = about["plan"]["method"] == "ddpm"
@@ -122,11 +124,6 @@ def assemble(folder: Path, out: Path) -> None:
         policy.save_pretrained(draft)
         for processor in make_fm_ft_pre_post_processors(config, _statistics(about["data"]["statistics"])):
             processor.save_pretrained(draft)
-
-
-def _check_free(out: Path) -> None:
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty: choose another --out, or remove it")
 
 
 def _statistics(numbers: Mapping[str, Mapping[str, list[float]]]) -> dict[str, dict[str, Tensor]]:

@@ -85,15 +85,16 @@ def _taught(plan: Plan, base: FlowMatchingNet, batch: dict[str, Tensor]) -> tupl
     steps = plan.policy["reflow_steps"]
     with torch.autocast(batch[ACTION].device.type, enabled=False):  # the roundings of a teacher would be learned
         v = base.velocity.bind(base.encoder(batch), call_times("euler", steps))  # told the times, it compiles once
-        return reflow(batch[ACTION], v, steps)
+        return reflow(batch[ACTION], v, steps, scale=plan.policy["noise_scale"])
 
 
 def _noise(plan: Plan, net: FlowMatchingNet, batch: dict[str, Tensor], o: Tensor) -> Tensor:
+    scale = plan.policy["noise_scale"]
     if plan.policy["coupling"] == "independent":
-        return independent(batch[ACTION])
+        return independent(batch[ACTION], scale=scale)
     k = plan.policy["nearest_k"]
     solve = partial(net.chunk, settings(plan.policy), o=o.detach().repeat(k, 1))
-    return nearest(batch[ACTION], k, solve, batch[IS_PAD])
+    return nearest(batch[ACTION], k, solve, batch[IS_PAD], scale=scale)
 
 
 def flops(plan: Plan, windows: Windows, base: FlowMatchingNet | None = None) -> int:

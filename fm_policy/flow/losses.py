@@ -1,8 +1,7 @@
 """Losses over chunks, blind to padding."""
 
-from typing import Literal
-
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor

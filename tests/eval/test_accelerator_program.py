@@ -24,6 +24,8 @@ from env_configs.demos.pusht_zarr import features
 from fm_policy.accelerator import data, diffusion, plan, shards, training
 from fm_policy.accelerator.net import make_net
 from fm_policy.evaluation.checkpoint import load_any_checkpoint
+from fm_policy.files import read_tensors, write_tensors
+from fm_policy.net import FlowMatchingNet
 from fm_policy.recipes import RecipeKey, available
 from fm_policy.repeatable import repeatable
 from fm_policy.slices import Clock, TimeIsUpError
@@ -231,6 +233,33 @@ def test_shards_are_small_and_whole_and_make_the_same_chunk(runs, recipe, tmp_pa
         shards.read_shards(tmp_path / "shards")
 
 
+def test_a_weight_that_half_precision_cannot_hold_does_not_come_home(runs, tmp_path):
+    tensors, about = read_tensors(runs / "fm" / training.AVERAGE_FILE)
+    next(weight for name, weight in tensors.items() if name.startswith("average.")).view(-1)[0] = 7e4
+    write_tensors(tmp_path / "run" / training.AVERAGE_FILE, tensors, about)
+    with pytest.raises(ValueError, match="has values up to 70000, too large for float16"):
+        shards.home(tmp_path / "run", tmp_path / "shards")
+    assert not (tmp_path / "shards").exists()
+
+
+@pytest.mark.parametrize("coupling", ["reflow", "nearest", "independent"])
+def test_fine_tuning_draws_the_noise_that_the_policy_will(recipe, packed, runs, tmp_path, monkeypatch, coupling):
+    """The chunks start from noise of the configured width; `nearest` chooses among it."""
+    whole, drawn = tuned(recipe, coupling), []
+    base = training.finished(runs / "fm", planned(recipe))
+    learner = trainer(whole, packed, tmp_path, base)
+    chunk = FlowMatchingNet.chunk
+    monkeypatch.setattr(
+        FlowMatchingNet, "chunk", lambda net, config, x0, o: drawn.append(x0) or chunk(net, config, x0, o)
+    )
+    for scale in (1.0, 0.5):
+        with repeatable((0, 0), CPU):
+            narrower = replace(whole, policy=whole.policy | {"noise_scale": scale})
+            training.loss_of(narrower, learner.net, base, learner.windows.draw(4))
+    first, last = drawn[0], drawn[len(drawn) // 2]
+    torch.testing.assert_close(last, 0.5 * first)
+
+
 def test_ddpm_becomes_lerobot_s_diffusion_policy(recipe, packed, tmp_path):
     learner = trainer(planned(recipe, "ddpm"), packed, tmp_path / "ddpm")
     learner.run(Clock())
@@ -313,7 +342,7 @@ def test_bad_arguments_are_refused_by_name(program, common, runs, capsys, argume
 
 def test_a_file_where_a_folder_should_be_is_named(program, runs, tmp_path):
     (tmp_path / "shards").write_text("")
-    with pytest.raises(SystemExit, match=r"error: .*Not a directory.*shards"):
+    with pytest.raises(SystemExit, match=r"shards is not an empty folder: choose another one"):
         program("home", "--run", runs / "fm", "--out", tmp_path / "shards")
 
 
@@ -324,7 +353,7 @@ def test_other_folders_and_data_are_refused(recipe, packed, tmp_path):
         shards.home(tmp_path, tmp_path / "shards")
     with pytest.raises(ValueError, match="no shards in"):
         shards.assemble(tmp_path, tmp_path / "checkpoint")
-    with pytest.raises(ValueError, match="is not empty: choose another --out, or remove it"):
+    with pytest.raises(ValueError, match="is not an empty folder: choose another one"):
         shards.assemble(tmp_path, packed.parent)
     chosen = planned(recipe)
     chosen.policy["input_features"]["observation.image"]["shape"] = [3, 96, 96]
@@ -333,6 +362,10 @@ def test_other_folders_and_data_are_refused(recipe, packed, tmp_path):
     chosen.policy["down_dims"] = [512, 1024, 2048]
     with pytest.raises(ValueError, match="a net has at most 30000000 parameters, this one 2"):
         make_net(chosen.policy)
+    noisy = plan.read_recipe(recipe, RecipeKey("pusht", "image"))
+    noisy["policy"]["observation_noise"] = 0.1
+    with pytest.raises(ValueError, match="observation_noise must be 0 here, got 0.1"):
+        plan.first_stage("fm", noisy)
     recipe_of_few = plan.read_recipe(recipe, RecipeKey("pusht", "image"))
     recipe_of_few["policy"]["n_groups"] = 4
     with pytest.raises(ValueError, match="ddpm needs n_groups=8, as LeRobot's last block, got 4"):

@@ -68,7 +68,10 @@ def test_nfe(tiny, solver, steps, nfe):
         ({"train_encoder": False}, "train_encoder=False is for stage 'finetune'"),
         ({"variance": "full"}, "variance must be one of .* got 'full'"),
         ({"variance": "diagonal"}, "variance='diagonal' needs sigma"),
-        ({"variance": "diagonal", "sigma": (0.1, 0.0, 0.1)}, r"every sigma must be between 0.00674 and 7.39, got \[0.1, 0.0"),
+        (
+            {"variance": "diagonal", "sigma": (0.1, 0.0, 0.1)},
+            r"every sigma must be between 0.00674 and 7.39, got \[0.1, 0.0",
+        ),
         ({"variance": "learned", "sigma": (0.1, 8.0, 0.1)}, "every sigma must be between 0.00674 and 7.39"),
         ({"variance": "learned", "sigma": (math.nan, 0.1, 0.1)}, "every sigma must be between .*nan"),
         ({"nearest_k": 0}, "nearest_k must be at least 1, got 0"),

@@ -321,7 +321,6 @@ class TestStatistics:
         saved(policy, tmp_path)
         assert self.make(tmp_path, data).base_net is not None
 
-
     def test_what_never_changed_is_divided_by_a_range_of_its_own_in_units_of_its_spread_too(self, tiny, caplog):
         modes = {"VISUAL": "MEAN_STD", "STATE": "MEAN_STD", "ENV": "MIN_MAX", "ACTION": "MIN_MAX"}
         config = tiny.config(normalization_mapping={kind: NormalizationMode(mode) for kind, mode in modes.items()})
