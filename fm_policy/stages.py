@@ -18,13 +18,15 @@ BASES = {
     "residual": ("pretrain", "finetune", "residual"),
 }
 
-# What makes the weights and their meaning. A U-Net of another horizon would load without a word.
+# What makes the weights and their meaning, of a head, too. A U-Net of another horizon would load without a word.
 INHERITED = (
     *("input_features", "output_features", "normalization_mapping", "n_obs_steps", "horizon"),
     *("resize_shape", "crop_shape", "vision_backbone", "use_group_norm", "spatial_softmax_num_keypoints"),
     *("use_separate_rgb_encoder_per_camera", "velocity_net", "down_dims", "kernel_size", "n_groups"),
     *("time_embed_dim", "transformer_dim", "transformer_layers", "transformer_heads"),
 )
+
+HEAD = ("head", "head_mode", "head_layout", "head_activations", "head_width", "head_rate")
 
 
 def is_new_run() -> bool:
@@ -84,7 +86,7 @@ def _check_teacher(config: FlowMatchingConfig, base: FlowMatchingConfig, folder:
 def _check_inherited(config: FlowMatchingConfig, base: FlowMatchingConfig, folder: Path) -> None:
     differing = [
         f"{name}: {getattr(base, name)} there, {getattr(config, name)} asked for"
-        for name in INHERITED
+        for name in (*INHERITED, *(HEAD if base.stage == "residual" else ()))
         if _plain(getattr(base, name)) != _plain(getattr(config, name))
     ]
     if differing:
@@ -111,9 +113,14 @@ def _check_finished(folder: Path) -> None:
 
 
 def _mention_other_grid(config: FlowMatchingConfig, base: FlowMatchingConfig) -> None:
-    trained, now = (f"{c.solver} in {c.num_solver_steps} steps" for c in (base, config))
+    trained, now = (_grid(c, with_head=base.stage == "residual") for c in (base, config))
     if base.stage != "pretrain" and trained != now:
         logging.warning(f"The policy was fine-tuned through {trained} and now runs {now}: another map than the tuned.")
+
+
+def _grid(config: FlowMatchingConfig, with_head: bool) -> str:
+    flow = f"{config.solver} in {config.num_solver_steps} steps"
+    return f"{flow} and a head of {config.head_steps} steps to 1 + {config.head_span}" if with_head else flow
 
 
 def first_weights(weights: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:

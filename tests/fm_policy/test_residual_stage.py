@@ -434,6 +434,29 @@ def test_a_head_of_another_shape_than_the_checkpoints_is_named(tiny, trained, tm
         start(tiny, tmp_path, **HEADS["constructed-shared"], head_width=32)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head_rate": 3.0}, "head_rate: 0.02 there, 3.0 asked for"),
+        ({"head_activations": ("leaky_relu", "tanh")}, r"head_activations: \('tanh', 'leaky_relu'\) there, \('leaky"),
+        ({"head_mode": "free"}, "head_mode: constructed there, free asked for"),
+    ],
+)
+def test_a_head_goes_on_as_the_map_that_it_was(tiny, trained, tmp_path, monkeypatch, changes, message):
+    """Weights of the same shapes would load, and be another map."""
+    trained("constructed-shared").policy.save_pretrained(tmp_path)
+    monkeypatch.setattr("sys.argv", ["lerobot-train", f"--policy.path={tmp_path}"])
+    with pytest.raises(ValueError, match=f"(?s)keeps the shape of its base .*{message}"):
+        start(tiny, tmp_path, **HEADS["constructed-shared"] | changes)
+
+
+def test_another_grid_of_the_head_is_mentioned(tiny, trained, tmp_path, caplog):
+    trained("constructed-shared").policy.save_pretrained(tmp_path)
+    start(tiny, tmp_path, **HEADS["constructed-shared"], head_steps=2, head_span=0.5)
+    assert "2 steps and a head of 4 steps to 1 + 0.25 and now runs" in caplog.text
+    assert "a head of 2 steps to 1 + 0.5: another map" in caplog.text
+
+
 def test_an_adaptive_solver_has_no_grid_for_a_head(tiny, base):
     with pytest.raises(ValueError, match="goes through a fixed grid, which solver='dopri5' has not"):
         start(tiny, base, head="unet", solver="dopri5")
