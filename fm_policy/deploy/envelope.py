@@ -8,7 +8,9 @@ event, counted in `Envelope.events` and logged, and the observation is refused o
     not_finite         NaN or infinity in an observation
     stale              an observation older than `max_age`, or as far in the future
     frozen             a camera that has repeated itself bit by bit for longer than `max_frozen`
-    clock              the clock jumped backwards: ages, repetitions and velocities are measured anew from there
+    clock              the clock jumped backwards: ages, repetitions and velocities are measured anew from there; or told
+                       no time at all: then none has passed
+    action_misfit      an action that has not one number for each of its dimensions, answered by the last one
     action_not_finite  an action with NaN or infinity, answered by the last one
     clipped            an action outside of the range of the data
     step_limited       an action further from the last one than a step, or the velocity, allows
@@ -120,13 +122,13 @@ class Envelope:
                 there is another one. Without it the first action may be any within the range.
 
         Raises:
-            ConfigurationError: If it is no action within the range.
+            ConfigurationError: If it is no action within the range; nothing has changed then.
         """
-        self.last: NDArray[np.float64] | None = None
-        if start is not None:
-            low, high, self.last = (np.array(x, np.float64) for x in (self.limits.low, self.limits.high, start))
-            if self.last.shape != low.shape or not ((low <= self.last) & (self.last <= high)).all():
-                raise ConfigurationError(f"the robot must start within {low} and {high}, got {self.last}")
+        rest = None if start is None else np.array(start, np.float64)
+        low, high = (np.asarray(end, np.float64) for end in (self.limits.low, self.limits.high))
+        if rest is not None and (rest.shape != low.shape or not ((low <= rest) & (rest <= high)).all()):
+            raise ConfigurationError(f"the robot must start within {low} and {high}, got {rest}")
+        self.last: NDArray[np.float64] | None = rest
         self._acted = self._time()
         self._pictures: Frame = {}
         self._changed: dict[str, float] = {}
@@ -181,10 +183,7 @@ class Envelope:
             The action, in double precision, since rounding could exceed a limit; None if there is none to hold yet.
         """
         now = self._time()
-        wanted = self.last if action is None else np.asarray(action, dtype=np.float64)
-        if wanted is not None and not np.isfinite(wanted).all():
-            self.count("action_not_finite", f"{wanted}")
-            wanted = self.last
+        wanted = self.last if action is None else self._wanted(action)
         if wanted is None:
             return None
         allowed = np.clip(wanted, self.limits.low, self.limits.high)
@@ -198,6 +197,20 @@ class Envelope:
             allowed = near
         self._acted, self.last = now, allowed
         return allowed.copy()
+
+    def _wanted(self, action: NDArray[Any]) -> NDArray[np.float64] | None:
+        """The action in double precision; the last one in place of what is none."""
+        try:
+            wanted = np.asarray(action, dtype=np.float64)
+        except (TypeError, ValueError):
+            wanted = np.empty(0)
+        if wanted.shape != np.shape(self.limits.low):
+            self.count("action_misfit", f"{action!r} is not {len(self.limits.low)} numbers")
+        elif not np.isfinite(wanted).all():
+            self.count("action_not_finite", f"{wanted}")
+        else:
+            return wanted
+        return self.last
 
     def _reach(self, now: float) -> NDArray[np.float64]:
         step = np.asarray(self.limits.step, dtype=np.float64)
@@ -231,6 +244,9 @@ class Envelope:
 
     def _time(self) -> float:
         now = self.clock()
+        if not math.isfinite(now):
+            self.count("clock", f"it says {now}")
+            return self._now
         if now < self._now:
             self.count("clock", f"it went back by {self._now - now:.3f} s")
             self._acted = now

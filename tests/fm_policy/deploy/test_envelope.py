@@ -173,8 +173,34 @@ def test_the_first_step_is_measured_from_the_start(clock):
 
 @pytest.mark.parametrize("start", [[2.0, 0.0], [math.nan, 0.0], [0.0]])
 def test_a_robot_that_rests_outside_of_the_range_may_not_start(start, clock):
+    guard = envelope(clock)
+    guard.reset(start=[0.5, 1.0])
     with pytest.raises(ConfigurationError, match="the robot must start within"):
-        envelope(clock).reset(start=start)
+        guard.reset(start=start)
+    # Whoever goes on all the same is limited as before, and gets no number that was refused.
+    np.testing.assert_array_equal(guard.limit(None), [0.5, 1.0])
+    np.testing.assert_array_equal(guard.limit(np.array([1.0, 10.0])), [1.0, 3.0])
+
+
+@pytest.mark.parametrize("time", [math.nan, math.inf, -math.inf])
+def test_a_clock_that_tells_no_time_stands_still(time, clock):
+    guard = envelope(clock, velocity=[1.0, 100.0])
+    guard.reset(start=[0.0, 0.0])
+    clock.now, before = time, clock.now
+    np.testing.assert_array_equal(guard.limit(np.array([1.0, 1.0])), [0.0, 0.0])
+    assert guard.admit(observation(), timestamp=before) is not None
+    clock.now = before + 0.1
+    np.testing.assert_allclose(guard.limit(np.array([1.0, 1.0])), [0.1, 1.0])
+    assert guard.events == {"clock": 2, "step_limited": 2}
+
+
+@pytest.mark.parametrize("action", [[0.1], [[0.1, 0.2]], [0.1, 0.2, 0.3], 0.1, "go", [[0.1], [0.2, 0.3]]])
+def test_what_is_no_action_holds_the_last_one(action, clock):
+    guard = envelope(clock)
+    assert guard.limit(action) is None
+    guard.limit(np.array([0.5, 1.0]))
+    np.testing.assert_array_equal(guard.limit(action), [0.5, 1.0])
+    assert guard.events == {"action_misfit": 2}
 
 
 def test_velocity_is_per_second_and_below_the_step(clock):
