@@ -113,7 +113,10 @@ def _differing_statistics(
     for name, feature in {**(config.input_features or {}), **(config.output_features or {})}.items():
         for statistic in STATISTICS[config.normalization_mapping[feature.type.value]]:
             there = torch.as_tensor(_statistic(stored, name, statistic, f"the preprocessor of {folder}")).double()
-            here = torch.as_tensor(_statistic(given, name, statistic, "the data set")).double().reshape(there.shape)
+            here = torch.as_tensor(_statistic(given, name, statistic, "the data set")).double()
+            if here.numel() != there.numel():
+                raise ValueError(f"'{name}' has {here.numel()} numbers in the data set, {there.numel()} in {folder}")
+            here = here.reshape(there.shape)
             if not torch.allclose(here, there, rtol=1e-4, atol=1e-6):
                 differing[f"{name} {statistic}"] = there.flatten().tolist(), here.flatten().tolist()
     return differing

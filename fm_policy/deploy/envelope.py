@@ -8,8 +8,8 @@ event, counted in `Envelope.events` and logged, and the observation is refused o
     not_finite         NaN or infinity in an observation
     stale              an observation older than `max_age`, or as far in the future
     frozen             a camera that has repeated itself bit by bit for longer than `max_frozen`
-    clock              the clock jumped backwards: ages, repetitions and velocities are measured anew from there; or told
-                       no time at all: then none has passed
+    clock              the clock jumped backwards: ages, repetitions and velocities are measured anew from there; or it
+                       told no time at all: then none has passed
     action_misfit      an action that has not one number for each of its dimensions, answered by the last one
     action_not_finite  an action with NaN or infinity, answered by the last one
     clipped            an action outside of the range of the data

@@ -24,8 +24,9 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from pathlib import Path
+from threading import Lock, Thread
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,10 @@ from fm_policy.deploy.envelope import ConfigurationError, Envelope, Frame, Limit
 
 FORMAT = 1
 SETTINGS = "settings.json"
+FIELDS = (
+    *("format", "policy", "observations", "action", "noise_shape", "n_obs_steps", "chunk_length", "n_action_steps"),
+    *("limits", "certificate", "versions", "graph"),
+)
 
 Compute = Callable[[Mapping[str, NDArray[Any]]], NDArray[Any]]
 """Inputs of the graph, a batch of one, to the actions of a chunk, `(chunk_length, action_dim)`."""
@@ -67,7 +72,7 @@ class Runner:
         self.settings = settings
         self.envelope = Envelope(settings["observations"], Limits(**settings["limits"]), clock)
         self._compute, self._noise = compute, noise or np.random.default_rng().standard_normal
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="chunk")
+        self._busy = Lock()  # the graph's: one chunk at a time
         self._pending: Future[NDArray[Any]] | None = None
         self._asked = 0  # tick of its observation
         self.reset()
@@ -90,7 +95,7 @@ class Runner:
         self._begin = -int(self.settings["n_action_steps"])  # tick of the chunk's first action
         if self._pending is not None:
             self._pending.cancel()
-        self._pending = None  # if it runs already, the worker finishes it for nobody
+        self._pending = None  # if it runs already, it is finished for nobody
 
     def act(self, observation: Mapping[str, Any] | None, timestamp: float | None = None) -> NDArray[np.float64] | None:
         """The action of this tick, by the deadline.
@@ -130,19 +135,42 @@ class Runner:
         if self._pending is None or (
             self._pending.done() and self._tick - self._asked >= self.settings["n_action_steps"]
         ):
-            self._asked, self._pending = self._tick, self._worker.submit(self._compute, self._inputs())
+            self._asked, self._pending = self._tick, self._begun(self._inputs())
         deadline = self.envelope.limits.deadline
         wait([self._pending], deadline)
         if not self._pending.done():
             self.envelope.count("late", f"no chunk within {deadline} s, asked for {self._tick - self._asked} ticks ago")
             return
         done, self._pending = self._pending, None
-        if error := done.exception():
+        try:
+            self._chunk, self._begin = self._checked(done.result()), self._asked
+        except Exception as error:
             self.envelope.count("failed", f"no chunk: {error!r}")
-        elif not np.isfinite(done.result()).all():
-            self.envelope.count("failed", "the chunk holds NaN or infinity")
-        else:
-            self._chunk, self._begin = done.result(), self._asked
+
+    def _begun(self, inputs: Mapping[str, NDArray[Any]]) -> Future[NDArray[Any]]:
+        """A chunk in the making, by a daemon: a graph that hangs does not keep the robot's process from ending."""
+        chunk: Future[NDArray[Any]] = Future()
+
+        def make() -> None:
+            with self._busy:
+                if not chunk.set_running_or_notify_cancel():
+                    return
+                try:
+                    chunk.set_result(self._compute(inputs))
+                except BaseException as error:
+                    chunk.set_exception(error)
+
+        Thread(target=make, name="chunk", daemon=True).start()
+        return chunk
+
+    def _checked(self, chunk: NDArray[Any]) -> NDArray[np.float64]:
+        """The chunk, if it is one: numpy would make actions of other shapes, too."""
+        checked = np.asarray(chunk, np.float64)
+        if checked.shape != (expected := (self.settings["chunk_length"], len(self.envelope.limits.low))):
+            raise ValueError(f"expected actions of the shape {expected}, got {checked.shape}")
+        if not np.isfinite(checked).all():
+            raise ValueError("it holds NaN or infinity")
+        return checked
 
     def _inputs(self) -> dict[str, NDArray[Any]]:
         frames = list(self._history)
@@ -196,12 +224,14 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """`settings.json`, if the graph beside it is the one that it was written with."""
     try:
         settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        graph = (folder / settings["graph"]["file"]).read_bytes()
-    except (OSError, ValueError, KeyError) as error:
+        if missing := [name for name in FIELDS if name not in settings]:
+            raise KeyError(*missing)
+        graph, expected = (folder / settings["graph"]["file"]).read_bytes(), settings["graph"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(f"{folder} is no whole exported policy: {error!r}") from error
     if settings["format"] != FORMAT:
         raise ConfigurationError(f"{folder} has the format {settings['format']}, this runner reads {FORMAT}")
-    if hashlib.sha256(graph).hexdigest() != settings["graph"]["sha256"]:
+    if hashlib.sha256(graph).hexdigest() != expected:
         raise ConfigurationError(f"{settings['graph']['file']} is not the graph that {SETTINGS} was written with")
     return settings
 
@@ -249,7 +279,8 @@ def benchmark(folder: Path, chunks: int) -> str:
     """
     import resource
 
-    first = "import runner; r = runner.load(); assert r.act(runner.blank(r.settings)) is not None"
+    load(folder)  # told at once, and by name, if it is not whole
+    first = "import runner; r = runner.load(deadline=None); assert r.act(runner.blank(r.settings)) is not None"
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", first], cwd=folder, check=True)
     cold, child = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -42,11 +42,15 @@ def make_servicer(config: Any) -> Any:
 
 
 def listen(servicer: Any, address: str) -> Any:
-    """Serve at `host:port` from now on; returns gRPC's server, which can be stopped and waited for."""
+    """Serve at `host:port` from now on; returns gRPC's server, which can be stopped and waited for.
+
+    Raises:
+        RuntimeError: If the address is taken. gRPC would share a port: one robot's client would reach another's server.
+    """
     import grpc
     from lerobot.transport import services_pb2_grpc
 
-    server = grpc.server(futures.ThreadPoolExecutor(max_workers=4))
+    server = grpc.server(futures.ThreadPoolExecutor(max_workers=4), options=[("grpc.so_reuseport", 0)])
     services_pb2_grpc.add_AsyncInferenceServicer_to_server(servicer, server)
     server.add_insecure_port(address)
     server.start()
@@ -64,7 +68,10 @@ def main() -> None:
     register_third_party_plugins()
     config = draccus.parse(PolicyServerConfig)
     servicer = make_servicer(config)
-    server = listen(servicer, f"{config.host}:{config.port}")
+    try:
+        server = listen(servicer, f"{config.host}:{config.port}")
+    except RuntimeError as error:
+        raise SystemExit(f"fm-policy-server: {error}") from error
     servicer.logger.info(f"{config} serves {', '.join(POLICIES)}")
     server.wait_for_termination()
 

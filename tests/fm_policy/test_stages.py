@@ -331,6 +331,14 @@ class TestStatistics:
         assert "nothing is learned from it: observation.state[0]" in caplog.text
         assert data.stats["observation.state"]["std"].tolist() == [5.0, 2.0]
 
+    def test_another_robots_data_are_refused_by_the_size_of_what_they_hold(self, tiny, tmp_path):
+        folder = self.base(tiny, tmp_path)
+        data = self.data(tiny.config())
+        for end, value in data.stats["action"].items():
+            data.stats["action"][end] = value[:2]
+        with pytest.raises(ValueError, match="'action' has 2 numbers in the data set, 3 in"):
+            self.make(folder, data, keep_statistics=True)
+
     def test_statistics_that_are_not_there_are_named(self, tiny, tmp_path):
         folder = self.base(tiny, tmp_path / "base")
         data = self.data(tiny.config())

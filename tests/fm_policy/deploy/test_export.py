@@ -16,7 +16,7 @@ from fm_policy.deploy.__main__ import main
 from fm_policy.deploy.envelope import ConfigurationError
 from fm_policy.deploy.export import export
 from fm_policy.deploy.fuzz import fuzz
-from fm_policy.deploy.runner import blank, load
+from fm_policy.deploy.runner import blank, load, read_settings
 
 STRANGERS = ("torch", "lerobot", "fm_policy", "lerobot_policy_fm_ft", "onnx", "gymnasium", "safetensors")
 
@@ -71,6 +71,22 @@ def test_it_measures_itself_without_torch(exported):
     told = run(exported, "--benchmark", "5")
     assert "5 chunks on one thread\n  wall: p50" in told
     assert "cold start" in told and "peak memory" in told
+
+
+def test_it_measures_itself_where_a_chunk_takes_longer_than_the_deadline(copied):
+    settings = json.loads((copied / "settings.json").read_text())
+    settings["limits"]["deadline"] = 1e-6
+    (copied / "settings.json").write_text(json.dumps(settings))
+    assert "2 chunks on one thread\n  wall: p50" in run(copied, "--benchmark", "2")
+
+
+@pytest.mark.parametrize("missing", ["format", "limits", "certificate", "noise_shape"])
+def test_settings_that_lack_something_are_refused_by_name(copied, missing):
+    settings = json.loads((copied / "settings.json").read_text())
+    del settings[missing]
+    (copied / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigurationError, match=rf"copy is no whole exported policy: KeyError\('{missing}'\)"):
+        read_settings(copied)
 
 
 def test_the_range_of_the_data_limits_the_actions(exported):

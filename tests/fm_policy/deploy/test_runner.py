@@ -1,5 +1,7 @@
 """The runner's queue, history, fallbacks and watchdog, around a graph whose actions say where they come from."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -184,6 +186,34 @@ def test_a_chunk_that_is_not_finite_is_no_chunk(number):
     runner = Runner(SETTINGS, lambda inputs: np.full((7, 1), number))
     assert act(runner, 0) is None
     assert runner.events == {"failed": 1, "fallback": 1}
+
+
+@pytest.mark.parametrize("shape", [(1, 7, 1), (7,), (7, 2), (6, 1), (0, 1)])
+def test_a_chunk_of_another_shape_is_no_chunk(shape):
+    """numpy would make one number of it for both joints, or an action of many actions."""
+    runner = Runner(SETTINGS, lambda inputs: np.zeros(shape))
+    runner.reset(start=[1.0])
+    assert act(runner, 0) == 1.0
+    assert runner.events == {"failed": 1, "fallback": 1}
+
+
+@pytest.mark.parametrize("chunk", [None, "go", [[1.0], [2.0, 3.0]]])
+def test_what_is_no_chunk_at_all_is_none_either(chunk):
+    runner = Runner(SETTINGS, lambda inputs: chunk)
+    assert act(runner, 0) is None
+    assert runner.events == {"failed": 1, "fallback": 1}
+
+
+def test_a_graph_that_hangs_does_not_keep_the_process_from_ending():
+    script = f"""
+import threading
+from fm_policy.deploy.runner import Runner
+settings = {SETTINGS!r}
+settings["limits"]["deadline"] = 0.1
+runner = Runner(settings, lambda inputs: threading.Event().wait())
+assert runner.act({{"observation.state": [1.0]}}) is None and runner.events["late"] == 1
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
 def test_another_robot_is_refused(graph):

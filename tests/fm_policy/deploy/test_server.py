@@ -58,6 +58,20 @@ print(json.dumps([session(12, kill=False), session(8, kill=True)]))
 """
 
 
+def test_a_port_belongs_to_one_server(port):
+    """One robot's client would reach another one's server, and reset it."""
+    from lerobot.async_inference.configs import PolicyServerConfig
+
+    from fm_policy.deploy.server import listen, make_servicer
+
+    first = listen(make_servicer(PolicyServerConfig(port=port)), f"127.0.0.1:{port}")
+    try:
+        with pytest.raises(RuntimeError, match=f"address 127.0.0.1:{port}"):
+            listen(make_servicer(PolicyServerConfig(port=port)), f"127.0.0.1:{port}")
+    finally:
+        first.stop(None)
+
+
 def test_lerobots_client_acts_reconnects_and_holds_when_the_server_is_killed(port, motors_policy, tmp_path):
     command = [sys.executable, "-c", SESSIONS, str(port), str(motors_policy), str(tmp_path / "calibration")]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
