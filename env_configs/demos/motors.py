@@ -44,15 +44,24 @@ def convert(source: Path, root: Path) -> tuple[int, int]:
         Number of episodes and of frames.
 
     Raises:
-        ValueError: `source` is no LeRobotDataset, or has no observed numbers or no action.
+        ValueError: `source` is no whole LeRobotDataset, has no observed numbers or no action, or pictures, which motors
+            are not.
         FileExistsError: `root` exists.
     """
+    from datasets.exceptions import DatasetsError
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     if not (source / "meta" / "info.json").is_file():
         raise ValueError(f"{source} is no LeRobotDataset: it lacks meta/info.json")
-    dataset = LeRobotDataset(f"local/{source.name}", root=source, video_backend="pyav")
+    if not any((source / "data").rglob("*.parquet")):  # LeRobot would look for them on the Hub
+        raise ValueError(f"{source} is no whole LeRobotDataset: it lacks the frames, data/**/*.parquet")
+    try:
+        dataset = LeRobotDataset(f"local/{source.name}", root=source, video_backend="pyav")
+    except (DatasetsError, OSError, ValueError) as error:
+        raise ValueError(f"{source} is damaged, its frames cannot be read ({error})") from error
     held = dataset.meta.features
+    if dataset.meta.camera_keys:
+        raise ValueError(f"{source} has pictures, {', '.join(dataset.meta.camera_keys)}: motors cannot tell them")
     missing = [name for name in (OBS_STATE, ACTION) if name not in held]
     if missing:
         raise ValueError(f"{source} lacks {', '.join(missing)}; it has {', '.join(held)}")

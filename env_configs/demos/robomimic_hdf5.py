@@ -38,6 +38,15 @@ _SAME_PLACE = 1e-3
 _FACING = ("default", "opposed", "single-arm-opposed")
 """Names of the tasks' own placing of the arms, in robosuite 1.4 and 1.5; a file's states do not hold it."""
 
+_CONTROLLER = {
+    "input_max": 1.0,
+    "input_min": -1.0,
+    "output_max": [0.05, 0.05, 0.05, 0.5, 0.5, 0.5],
+    "output_min": [-0.05, -0.05, -0.05, -0.5, -0.5, -0.5],
+    "kp": 150.0,
+}
+"""How far an action goes, and how stiffly: numbers of the installed controller, alike in robosuite 1.4 and 1.5."""
+
 _ADVICE = {"input_ref_frame": "; robosuite 1.5 takes 'base' unless the controller's configuration says 'world'"}
 """Setting -> what a refusal adds."""
 
@@ -169,6 +178,7 @@ def _check_settings(data: "h5py.Group", task: Task) -> None:
         "controller": controller.get("type"),
         "control_delta": controller.get("control_delta", controller.get("input_type", "delta") == "delta"),
         "input_ref_frame": controller.get("input_ref_frame", "world"),  # robosuite 1.4 knew no other
+        **{setting: _each(controller.get(setting, number)) for setting, number in _CONTROLLER.items()},
     }
     expected = {
         "env_name": task.name,
@@ -178,6 +188,7 @@ def _check_settings(data: "h5py.Group", task: Task) -> None:
         "controller": "OSC_POSE",
         "control_delta": True,
         "input_ref_frame": "world",
+        **{setting: _each(number) for setting, number in _CONTROLLER.items()},
     }
     for setting, value in found.items():
         if value != expected[setting]:
@@ -205,10 +216,18 @@ def _settings(data: "h5py.Group") -> tuple[Any, dict[str, Any]]:
 
 def _controller(configs: Any) -> dict[str, Any]:
     """The settings of the (first) arm's controller, in robosuite 1.4's form or in 1.5's."""
-    first = configs[0] if isinstance(configs, list) and configs else configs
-    parts: dict[str, Any] = first.get("body_parts", first) if isinstance(first, dict) else {}
-    arms: dict[str, Any] = parts.get("arms", parts)
-    return dict(arms.get("right", arms))
+    controller: Any = configs[0] if isinstance(configs, list) and configs else configs
+    for inner in ("body_parts", "arms", "right"):
+        controller = controller.get(inner, controller) if isinstance(controller, dict) else {}
+    return controller if isinstance(controller, dict) else {}
+
+
+def _each(number: Any) -> Any:
+    """A number of the controller for each of its six directions, as a file may have it for all; anything else as is."""
+    try:
+        return np.broadcast_to(np.asarray(number, np.float64), 6).tolist()
+    except (TypeError, ValueError):
+        return number
 
 
 def _chosen(file: "h5py.File", demos: list[str], mask: str | None) -> list[str]:

@@ -1,6 +1,7 @@
 """Opens zarr stores of demonstrations and refuses what is damaged, foreign or of the wrong shape."""
 
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,10 @@ from env_configs.extras import not_installed
 
 if TYPE_CHECKING:
     import zarr
+    from zarr.storage import LocalStore, ZipStore
+
+_DAMAGE = (RuntimeError, SystemError, ValueError, TypeError, KeyError, OSError, zipfile.BadZipFile, zlib.error)
+"""What zarr and its codecs raise when a byte of a store is not what was written."""
 
 
 @contextmanager
@@ -25,11 +30,10 @@ def open_store(source: Path, extra: str = "pusht") -> "Iterator[zarr.Group]":
         extra: the extra of this project that installs zarr for the task.
 
     Raises:
-        StoreError: `source` is absent, or neither of the two.
+        StoreError: `source` is absent, neither of the two, or its description damaged.
         ModuleNotFoundError: zarr is not installed.
     """
     try:
-        import zarr
         from zarr.storage import LocalStore, ZipStore
     except ModuleNotFoundError as error:
         raise not_installed(error, extra) from error
@@ -40,11 +44,20 @@ def open_store(source: Path, extra: str = "pusht") -> "Iterator[zarr.Group]":
         raise StoreError(f"{source} is neither a folder nor a whole zip file; is it a complete zarr store?")
     store = LocalStore(source, read_only=True) if source.is_dir() else ZipStore(source, mode="r")
     try:
-        yield zarr.open_group(store, mode="r")
-    except zarr.errors.GroupNotFoundError as error:
-        raise StoreError(f"{source} is not a zarr store: it has no group at its root") from error
+        yield _root(store, source)
     finally:
         store.close()
+
+
+def _root(store: "LocalStore | ZipStore", source: Path) -> "zarr.Group":
+    import zarr
+
+    try:
+        return zarr.open_group(store, mode="r")
+    except zarr.errors.GroupNotFoundError as error:
+        raise StoreError(f"{source} is not a zarr store: it has no group at its root") from error
+    except _DAMAGE as error:
+        raise StoreError(f"{source} is damaged, its description cannot be read ({error})") from error
 
 
 def find_array(group: "zarr.Group", name: str, shape: Shape) -> "zarr.Array":
@@ -56,7 +69,10 @@ def find_array(group: "zarr.Group", name: str, shape: Shape) -> "zarr.Array":
     """
     import zarr
 
-    array = group.get(name)
+    try:
+        array = group.get(name)
+    except _DAMAGE as error:
+        raise StoreError(f"{group.store}: '{name}' is damaged, its description cannot be read ({error})") from error
     if not isinstance(array, zarr.Array):
         raise StoreError(f"{group.store} has no array '{name}' of shape {show_shape(shape)}")
     check_kind(f"{group.store}: '{name}'", array.dtype, array.shape, shape)
@@ -76,7 +92,7 @@ def read(array: "zarr.Array", start: int = 0, stop: int | None = None) -> NDArra
     name = f"{array.store}: '{array.path}'"
     try:
         values = np.asarray(array[start:stop])
-    except (RuntimeError, ValueError, OSError, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         raise StoreError(f"{name} is damaged, its chunks cannot be read ({error})") from error
     check_finite(name, values)
     return values

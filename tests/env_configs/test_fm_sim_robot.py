@@ -2,7 +2,9 @@
 
 import json
 import logging
+import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from lerobot.robots import RobotConfig, make_robot_from_config
 from lerobot.utils.errors import DeviceAlreadyConnectedError, DeviceNotConnectedError
 
 from env_configs import FmSimConfig
+from env_configs.demos import pusht_zarr
 from env_configs.demos.motors import convert
 from env_configs.fm_sim.fm_sim import EmergencyStopError, FmSim
 
@@ -210,3 +213,18 @@ def test_a_data_set_becomes_motors(converted, connect, tmp_path):
         assert (after["task"], after["episode_index"]) == (before["task"], before["episode_index"])
     with pytest.raises(ValueError, match="is no LeRobotDataset"):
         convert(tmp_path, tmp_path / "other")
+
+
+def test_a_data_set_that_is_not_whole_or_has_pictures_becomes_no_motors(converted, few, make_store, tmp_path):
+    cut = Path(shutil.copytree(converted.root, tmp_path / "cut"))
+    (frames,) = (cut / "data").rglob("*.parquet")
+    frames.write_bytes(frames.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="cut is damaged, its frames cannot be read"):
+        convert(cut, tmp_path / "motors")
+    frames.unlink()
+    with pytest.raises(ValueError, match="cut is no whole LeRobotDataset: it lacks the frames"):
+        convert(cut, tmp_path / "motors")
+    pusht_zarr.convert(make_store(few), tmp_path / "pictures", "image")
+    with pytest.raises(ValueError, match="pictures has pictures, observation.image: motors cannot tell them"):
+        convert(tmp_path / "pictures", tmp_path / "motors")
+    assert not (tmp_path / "motors").exists()

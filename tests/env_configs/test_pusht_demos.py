@@ -252,6 +252,33 @@ def test_a_cut_zip_is_refused(pusht_store, tmp_path):
     refused(tmp_path / "cut.zarr.zip", tmp_path / "set", "neither a folder nor a whole zip file")
 
 
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        (".zgroup", lambda text: text[:-3]),
+        ("data/state/.zarray", lambda text: text[:-3]),
+        ("data/state/.zarray", lambda text: text.replace('"order"', '"qrder"')),
+        ("data/state/.zarray", lambda text: text.replace('"shuffle"', '"qhuffle"')),
+    ],
+)
+def test_a_damaged_description_is_refused(few, make_store, tmp_path, name, spoil):
+    source = make_store({name: few[name] for name in few if name != "data/img"})
+    text = (source / name).read_text()
+    assert spoil(text) != text
+    (source / name).write_text(spoil(text))
+    refused(source, tmp_path / "set", "is damaged, its description cannot be read")
+
+
+def test_a_damaged_zip_entry_is_refused(few, make_store, tmp_path):
+    zipped = zip_store(make_store({name: few[name] for name in few if name != "data/img"}))
+    with zipfile.ZipFile(zipped) as archive:
+        entry = archive.getinfo("data/state/.zarray")
+    content = bytearray(zipped.read_bytes())
+    content[entry.header_offset + 30 + len(entry.filename) + 20] ^= 0xFF
+    zipped.write_bytes(content)
+    refused(zipped, tmp_path / "set", "'data/state' is damaged, its description cannot be read")
+
+
 def test_damaged_chunks_are_refused(few, make_store, tmp_path):
     source = make_store({name: few[name] for name in few if name != "data/img"})
     zipped = zip_store(source)
