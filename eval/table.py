@@ -11,17 +11,22 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--table", type=Path, metavar="FILE", help="JSON, see fm_policy/evaluation/comparison/layout.py; or by hand:")
     add("--method", action="append", default=[], metavar="NAME=DIR[@NFE[/SOLVER]]", help="a checkpoint; repeatable")
-    add("--env", nargs="+", default=["pusht_b"], help="tasks")
-    add("--episodes", type=int, default=500, help="number of seeds, each one a start")
-    add("--repeats", type=int, default=1, help="episodes of each seed, with different noise")
-    add("--seed", type=int, default=1000, help="first seed")
-    add("--base", help="the method that the others are compared with; the first one if not given")
+    by_hand = [
+        add("--env", nargs="+", help="tasks; pusht_b if not given"),
+        add("--episodes", type=int, help="number of seeds, each one a start; 500 if not given"),
+        add("--repeats", type=int, help="episodes of each seed, with different noise; 1 if not given"),
+        add("--seed", type=int, help="first seed; 1000 if not given"),
+        add("--base", help="the method that the others are compared with; the first one if not given"),
+    ]
     add("--out", type=Path, default=Path("outputs/table"), help="folder; what it holds of this table is not run again")
     add("--processes", type=int, default=1, help="of this machine that share the episodes; no number depends on it")
     add("--device", default="cpu", help="where the policies run")
     args = parser.parse_args()
     if (args.table is None) == (not args.method):
         parser.error("name either a --table or the methods, --method NAME=DIR ...")
+    told = [option.option_strings[0] for option in by_hand if getattr(args, option.dest) is not None]
+    if args.table and told:
+        parser.error(f"{args.table} says the tasks and the base: leave {', '.join(told)} away")
     return args
 
 
@@ -29,9 +34,10 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     """The table as `comparison.layout` wants it."""
     if args.table:
         return json.loads(args.table.read_text(encoding="utf-8"))
-    numbers = {name: getattr(args, name) for name in ("episodes", "repeats", "seed")}
+    given = {name: value for name in ("episodes", "repeats", "seed") if (value := getattr(args, name)) is not None}
     base = {} if args.base is None else {"base": args.base}
-    return base | {"methods": [method(word) for word in args.method], "tasks": [{"env": e} | numbers for e in args.env]}
+    tasks = [{"env": env} | given for env in args.env or ["pusht_b"]]
+    return base | {"methods": [method(word) for word in args.method], "tasks": tasks}
 
 
 def method(word: str) -> dict[str, Any]:
@@ -68,17 +74,15 @@ def make(args: argparse.Namespace) -> None:
         return
     columns = {column.name: [cell for cell in cells if cell.column is column] for column in layout.columns}
     bases = {cell.column.name: cell for cell in cells if cell.row is layout.base}
-    drawn = {name: pictures.draw(own, bases.get(name)) for name, own in columns.items() if own}
     table = writers.records(layout, [cell for own in columns.values() for cell in own])
     text = writers.as_markdown(table, layout.base.name)
-    written = {
-        "table.md": text,
-        "table.csv": writers.as_csv(table),
-        "table.html": writers.as_html(table, layout.base.name, drawn),
-    }
-    for name, content in written.items():
-        (args.out / name).write_text(content, encoding="utf-8")
-    print(f"{text}\n{args.out}: {', '.join(written)}")
+    (args.out / "table.md").write_text(text, encoding="utf-8")
+    (args.out / "table.csv").write_text(writers.as_csv(table), encoding="utf-8")
+    print(f"{text}\n{args.out}: table.md, table.csv", flush=True)
+    # Last: pictures need matplotlib, and the numbers are there without it.
+    drawn = {name: pictures.draw(own, bases.get(name)) for name, own in columns.items() if own}
+    (args.out / "table.html").write_text(writers.as_html(table, layout.base.name, drawn), encoding="utf-8")
+    print(f"{args.out}: table.html")
 
 
 def main() -> None:

@@ -123,7 +123,7 @@ def test_the_core_needs_no_simulator_and_each_task_has_its_extra():
     core = {needed.name for needed in requirements() if needed.marker is None}
     assert core == {"filelock", "gymnasium", "lerobot", "packaging", "scipy", "torchdiffeq", "tqdm"}
     extras = set(distribution(NAME).metadata.get_all("Provides-Extra"))
-    assert extras == {"pusht", "kitchen", "robosuite", "certify", "export", "robot", "images"}
+    assert extras == {"pusht", "kitchen", "robosuite", "pictures", "certify", "export", "robot", "images"}
 
 
 # What LeRobot finds, and what an installation without simulators can do

@@ -58,14 +58,15 @@ def mean_interval(values: NDArray[np.float64], confidence: float = CONFIDENCE) -
 def share_interval(values: NDArray[np.float64], confidence: float = CONFIDENCE) -> Interval:
     """Wilson's interval of a share, for the number of independent trials that the episodes are worth.
 
-    That number is p (1 - p) / variance of the mean over seeds (Kish's effective sample size): the number of
-    episodes when repeats are independent or there is one repeat, the number of seeds when the start decides.
+    That number is p (1 - p) / variance of the mean over seeds (Kish's effective sample size), from the number of
+    episodes, when repeats are independent or there is one repeat, to the number of seeds, when the start decides. Of
+    several repeats the variance is an estimate, and counts for less the fewer seeds it is from (Korn & Graubard 1998).
 
     Args:
         values: Zeros and ones, `(seeds, repeats)`.
         confidence: Coverage, in (0, 1).
     """
-    return wilson_interval(float(values.mean()), _effective_size(values), confidence)
+    return wilson_interval(float(values.mean()), _effective_size(values, confidence), confidence)
 
 
 def wilson_interval(share: float, trials: float, confidence: float = CONFIDENCE) -> Interval:
@@ -139,10 +140,10 @@ def best_of_repeats(values: NDArray[np.float64]) -> float:
     return float(values.max(axis=1).mean())
 
 
-def _effective_size(values: NDArray[np.float64]) -> float:
-    seeds, episodes = len(values), values.size
-    share = float(values.mean())
-    if share in (0.0, 1.0):
-        return seeds  # nothing tells whether the start decides: the careful reading
-    variance = float(values.mean(axis=1).var()) / seeds
-    return episodes if variance == 0 else min(max(share * (1 - share) / variance, seeds), episodes)
+def _effective_size(values: NDArray[np.float64], confidence: float) -> float:
+    (seeds, repeats), share = values.shape, float(values.mean())
+    variance = float(values.mean(axis=1).var(ddof=1)) / seeds if min(seeds, repeats) > 1 else 0.0
+    if variance == 0:
+        return seeds  # one repeat; or nothing tells whether the start decides: the careful reading
+    sureness = NormalDist().inv_cdf((1 + confidence) / 2) / float(stdtrit(seeds - 1, (1 + confidence) / 2))
+    return min(max(share * (1 - share) / variance * sureness**2, seeds), values.size)

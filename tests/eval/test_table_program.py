@@ -37,6 +37,19 @@ def test_fills_a_table_and_takes_it_up_again(table, tmp_path, capsys):
     assert (tmp_path / "table.md").read_text() == written
 
 
+def test_the_numbers_are_written_where_no_picture_can_be_drawn(table, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match=r"table\.py: matplotlib is not installed: .*\[pictures\]"):
+        table("--method", f"one={default_policy()}@1", "--episodes", 1, "--out", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"cells", "table.md", "table.csv"}
+
+
+def test_a_layout_says_its_tasks_alone(table, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        table("--table", tmp_path / "t.json", "--repeats", 5, "--base", "x")
+    assert "t.json says the tasks and the base: leave --repeats, --base away" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

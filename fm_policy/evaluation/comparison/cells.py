@@ -119,7 +119,9 @@ def fill(layout: Layout, folder: Path, make_task: MakeTask, device: str, rank: R
         ChunkSampler(checkpoint.policy, checkpoint.preprocessor, checkpoint.postprocessor, task)
     for row, column in wanted:
         checkpoint, task, packages = _load(row, column, make_task, device)
-        run = Run(column.seed, column.episodes, row.repeats or column.repeats, packages=packages)
+        run = Run(
+            column.seed, column.episodes, column.repeats if row.repeats is None else row.repeats, packages=packages
+        )
         where = folder / f"{column.env}-{_fingerprint(checkpoint, task, run)[:16]}"
         missing = _missing(where, run)
         if missing:

@@ -16,12 +16,19 @@ of every flow policy is measured there, and held against its success.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 HOW = {"solver": (str,), "noise_scale": (int, float), "repeats": (int,), "series": (str,)}
 """What a method may say of its rows, in which JSON types."""
+
+TASK = {
+    **{"env": (str,), "name": (str,), "options": (dict,), "demonstrations": (str,)},
+    **{"seed": (int,), "episodes": (int,), "repeats": (int,)},
+}
+"""What a task may say, in which JSON types."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +110,15 @@ def read_layout(description: Mapping[str, Any]) -> Layout:
 
 
 def _column(task: Mapping[str, Any]) -> Column:
-    _check_names(task, "a task", {"env"}, {"name", "options", "seed", "episodes", "repeats", "demonstrations"})
+    _check_names(task, "a task", {"env"}, TASK.keys() - {"env"})
+    for key, kinds in TASK.items():
+        _check_type("task", task["env"], key, task.get(key), kinds)
     return Column(**({"name": task["env"]} | dict(task)))
 
 
 def _rows(method: Mapping[str, Any]) -> Iterator[Row]:
     _check_names(method, "a method", {"name"}, {"policy", "run", "nfe", *HOW})
+    _check_type("method", method["name"], "name", method["name"], (str,))
     if ("policy" in method) == ("run" in method):
         raise ValueError(f"method {method['name']!r} needs either a policy, a checkpoint's folder, or a run")
     if {"run", "series"} <= method.keys():
@@ -118,10 +128,14 @@ def _rows(method: Mapping[str, Any]) -> Iterator[Row]:
     how: dict[str, Any] = {key: method.get(key) for key in HOW}
     if how["series"] is None:
         how["series"] = method["name"]
+    if not calls:
+        raise ValueError(f"nfe of method {method['name']!r} is an empty list: name some network calls")
     for number in calls:
-        _check_type(method["name"], "nfe", number, (int,))
+        _check_type("method", method["name"], "nfe", number, (int,))
     for key, value in how.items():
-        _check_type(method["name"], key, value, HOW[key])
+        _check_type("method", method["name"], key, value, HOW[key])
+    _check_type("method", method["name"], "policy", method.get("policy"), (str, dict))
+    _check_type("method", method["name"], "run", method.get("run"), (str,))
     checkpoints = _checkpoints(Path(method["run"])) if "run" in method else {None: _policies(method["policy"])}
     for step, policies in checkpoints.items():
         for number in calls:
@@ -142,13 +156,15 @@ def _checkpoints(run: Path) -> dict[int | None, dict[str | None, Path]]:
     return {int(folder.parent.name): {None: folder} for folder in folders}
 
 
-def _check_type(method: str, key: str, value: object, kinds: tuple[type, ...]) -> None:
+def _check_type(part: str, name: object, key: str, value: object, kinds: tuple[type, ...]) -> None:
     if value is not None and type(value) not in kinds:
         wanted = " or ".join(kind.__name__ for kind in kinds)
-        raise ValueError(f"{key} of method {method!r} must be of type {wanted}, got {value!r}")
+        raise ValueError(f"{key} of {part} {name!r} must be of type {wanted}, got {value!r}")
 
 
-def _check_names(part: Mapping[str, Any], what: str, needed: set[str], known: set[str]) -> None:
+def _check_names(part: Any, what: str, needed: set[str], known: AbstractSet[str]) -> None:
+    if not isinstance(part, dict):
+        raise ValueError(f"{what} needs {sorted(needed)} by name, got {part!r}")
     missing, unknown = needed - part.keys(), part.keys() - needed - known
     if missing or unknown:
         raise ValueError(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from env_configs.extras import not_installed
 from env_configs.pusht import FmPushtEnv
 from env_configs.pusht_geometry import BOARD, CORNERS, GOAL_POSE, place, start_poses
 from fm_policy.evaluation.comparison.cells import Cell, seed_differences
@@ -25,7 +26,19 @@ def draw(cells: Sequence[Cell], base: Cell | None) -> dict[str, str]:
     Args:
         cells: Of one task.
         base: The one that the others are compared with, if it is there.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed, naming the extra.
     """
+    try:
+        from matplotlib import rc_context
+    except ModuleNotFoundError as error:
+        raise not_installed(error, "pictures") from error
+    with rc_context({"text.parse_math": False}):  # a method's name is no formula
+        return _draw(cells, base)
+
+
+def _draw(cells: Sequence[Cell], base: Cell | None) -> dict[str, str]:
     pictures = {"Success against network calls per chunk, a head's included; 95 % intervals.": success_by_calls(cells)}
     if any(cell.row.step is not None for cell in cells):
         caption = "Success over the training steps of a run, with its 95 % band; dashed: the base."
@@ -49,14 +62,12 @@ def success_by_calls(cells: Sequence[Cell]) -> str:
     """A line for each method."""
     figure = _figure(6.5, 4)
     axes = figure.subplots()
-    for number, series in enumerate(dict.fromkeys(cell.row.series for cell in cells)):
-        own = [cell for cell in cells if cell.row.series == series]
-        last = {(_calls(cell), cell.row.step is None and cell.row.name): cell for cell in own}
-        own = [*last.values()]  # of several checkpoints of a run the last one stands for it
-        calls = [_calls(cell) for cell in own]
-        order = np.argsort(calls)
-        beside = 1.03**number  # so that intervals at equal calls do not hide one another
-        _errorbar(axes, [beside * calls[i] for i in order], [own[i] for i in order], label=series)
+    # Of several checkpoints of a run the last one stands for it.
+    last = {(cell.row.series, _calls(cell), cell.row.step is None and cell.row.name): cell for cell in cells}
+    shown = sorted(last.values(), key=_calls)
+    for series in dict.fromkeys(cell.row.series for cell in cells):
+        own = [cell for cell in shown if cell.row.series == series]
+        _errorbar(axes, [_place(cell, shown) for cell in own], own, label=series)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="network calls per chunk", ylabel="success", ylim=(0, 1))
     ticks = sorted({_calls(cell) for cell in cells})
@@ -64,6 +75,14 @@ def success_by_calls(cells: Sequence[Cell]) -> str:
     axes.set_xticks([], minor=True)
     axes.legend(fontsize="small", frameon=False)
     return _address(figure)
+
+
+def _place(cell: Cell, shown: Sequence[Cell]) -> float:
+    """Where a cell stands: at its calls, closely around them where others have as many, so that none is hidden."""
+    alike = [other for other in shown if _calls(other) == _calls(cell)]
+    number = next(number for number, other in enumerate(alike) if other is cell)
+    apart = min(0.07, 0.5 / len(alike))  # of a doubling
+    return _calls(cell) * 2 ** (apart * (number - (len(alike) - 1) / 2))
 
 
 def _calls(cell: Cell) -> float:

@@ -112,8 +112,12 @@ def as_markdown(table: Sequence[Mapping[str, Any]], base: str) -> str:
     parts = []
     for task, lines in _by_task(table).items():
         rows = [_header(base), ["---"] * len(HEADER), *_rows(lines)]
-        parts += [f"## {_title(task, lines)}\n", *("| " + " | ".join(row) + " |" for row in rows), ""]
+        parts += [f"## {_title(task, lines)}\n", *(f"| {' | '.join(map(_escaped, row))} |" for row in rows), ""]
     return "\n".join([*parts, *(f"{note}\n" for note in NOTES)])
+
+
+def _escaped(text: str) -> str:
+    return html.escape(text, quote=False).replace("|", "\\|")
 
 
 def as_html(table: Sequence[Mapping[str, Any]], base: str, pictures: Mapping[str, Mapping[str, str]]) -> str:

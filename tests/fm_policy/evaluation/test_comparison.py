@@ -116,6 +116,15 @@ def test_methods_share_a_line_where_they_say_so():
         ({"methods": [{"name": "A"}]}, "'A' needs either a policy, a checkpoint's folder, or a run"),
         ({"methods": [{"name": "FM 2", "policy": {"Lift": "x"}}]}, r"tasks that the table lacks: \['Lift'\]"),
         ({"methods": [{"name": "A", "run": "nowhere"}]}, "nowhere is no training run"),
+        ({"methods": [{"name": "A", "policy": "x", "nfe": []}]}, "nfe of method 'A' is an empty list"),
+        ({"methods": [{"name": 3, "policy": "x"}]}, "name of method 3 must be of type str, got 3"),
+        (
+            {"methods": [{"name": "A", "policy": ["x"]}]},
+            r"policy of method 'A' must be of type str or dict, got \['x'\]",
+        ),
+        ({"methods": ["A"]}, r"a method needs \['name'\] by name, got 'A'"),
+        ({"tasks": ["pusht_b"]}, r"a task needs \['env'\] by name, got 'pusht_b'"),
+        ({"tasks": [TASK | {"episodes": "500"}]}, "episodes of task .* must be of type int, got '500'"),
         ({"rows": []}, r"the table needs .* has unknown \['rows'\]"),
     ],
 )
@@ -222,6 +231,12 @@ def test_rows_of_another_checkpoint_task_seed_solver_or_noise_are_never_taken(
     found.add(next(fill(layout, folder, lambda column, images: (longer, ("gym-pusht",)), "cpu")).folder)
     assert len(found) == 5 and not found & known
     assert {cell.folder for cell in fill(layout, folder, make_task, "cpu")} == known
+
+
+def test_no_repeats_are_refused(checkpoint, make_task, tmp_path):
+    layout = read_layout({"methods": [{"name": "A", "policy": str(checkpoint.path), "repeats": 0}], "tasks": [TASK]})
+    with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
+        list(fill(layout, tmp_path, make_task, "cpu"))
 
 
 def test_a_wrong_checkpoint_is_refused_before_anything_runs(checkpoint, make_task, tmp_path):
@@ -331,7 +346,32 @@ def test_every_number_of_calls_of_a_method_is_drawn(filled, monkeypatch):
     drawn.clear()
     methods = [replace(base, row=replace(base.row, name=name, series="FT")) for name in ("one way", "another")]
     pictures.success_by_calls(methods)
-    assert drawn == [("FT", [2, 2], [None, None])]  # methods of a series do not hide one another
+    ((label, places, steps),) = drawn
+    assert (label, steps) == ("FT", [None, None])  # methods of a series do not hide one another
+    assert places == pytest.approx([2, 2], rel=0.03) and places[0] < 2 < places[1]
+
+
+def test_however_many_methods_have_as_many_calls_none_is_drawn_at_anothers(filled, monkeypatch):
+    base = filled[2][0]
+    alike = [replace(base, row=replace(base.row, name=str(n), series=str(n))) for n in range(24)]
+    other = replace(base, row=replace(base.row, series="4"), summary=base.summary | {"nfe": 4})
+    drawn = []
+    monkeypatch.setattr(
+        pictures, "_errorbar", lambda axes, x, own, label: drawn.extend(x) or axes.plot(x, x, label=label)
+    )
+    pictures.success_by_calls([*alike, other])
+    assert 4 in drawn and len(set(drawn)) == 25
+    assert all(abs(np.log2(x / 2)) < 0.25 for x in set(drawn) - {4})
+
+
+def test_names_are_shown_as_they_are(filled):
+    """Neither a formula in a picture, nor a cell of a Markdown table, nor a tag of a page."""
+    layout, cells = filled[1], filled[2]
+    odd = [replace(cell, row=replace(cell.row, name=f"$\\foo|{n}<b>")) for n, cell in enumerate(cells)]
+    told = writers.records(layout, odd)
+    rows = [line for line in writers.as_markdown(told, odd[0].row.name).splitlines() if line.startswith("| ")]
+    assert len({line.replace("\\|", "").count("|") for line in rows}) == 1 and "&lt;b&gt;" in rows[2]
+    assert all(address.startswith("data:image/svg") for address in pictures.draw(odd, odd[0]).values())
 
 
 def test_a_run_is_drawn_over_its_steps(checkpoint, make_task, tmp_path):

@@ -46,6 +46,19 @@ def test_intervals_hold_the_truth_95_times_in_100(interval, seeds, repeats, spre
     assert 0.93 < held < 0.97
 
 
+@pytest.mark.parametrize(("seeds", "repeats"), [(2, 10), (3, 10), (5, 10), (10, 3)])
+@pytest.mark.parametrize("spread", [2.0, 0.5])
+def test_few_seeds_make_a_wide_interval_however_many_repeats_they_have(seeds, repeats, spread):
+    rng = np.random.default_rng(0)
+    intervals = [share_interval(outcomes(rng, seeds, repeats, spread)) for _ in range(1000)]
+    assert np.mean([low <= 0.5 <= high for low, high in intervals]) > 0.93
+
+
+def test_repeats_of_one_seed_are_worth_one_trial():
+    assert share_interval(np.array([[1.0] * 9 + [0.0]])) == wilson_interval(0.9, 1)
+    assert share_interval(np.array([[1.0, 0.0], [0.0, 1.0]])) == wilson_interval(0.5, 2)  # alike, by whatever chance
+
+
 def test_an_interval_that_counted_episodes_would_be_too_narrow():
     rng = np.random.default_rng(0)
     values = [outcomes(rng, 50, 10, spread=2.0) for _ in range(500)]
