@@ -86,6 +86,7 @@ def main() -> None:
         raise SystemExit(f"compare.py: {error}") from error
     print("\n".join(map(as_text, records)))
     if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
 
 

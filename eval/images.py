@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from fm_policy.files import read_tensors, write_json, write_tensors
+from fm_policy.files import digest, read_tensors, write_json, write_tensors
 from fm_policy.images.data import READERS, Images
 from fm_policy.images.quality import (
     Classifier,
@@ -40,7 +40,7 @@ from fm_policy.images.quality import (
 from fm_policy.images.recipes import DEFAULT_ROWS, PLANS, Plan, Row, rows
 from fm_policy.images.report import Cells, as_json, as_markdown, draw_curves, draw_same_noise
 from fm_policy.images.sampling import GRIDS, Cell, Grid, Measure
-from fm_policy.images.training import Trained, Trainer, settings_of
+from fm_policy.images.training import Trained, Trainer
 from fm_policy.slices import Clock, TimeIsUpError, check_settings
 
 CURVE_POINTS = 8
@@ -74,13 +74,13 @@ class Table:
     def cell(self, key: str, seed: int, column: str) -> Cell:
         """A cell of one seed."""
         file = self.folder / "cells" / f"{key}-{seed}-{column}.json"
-        settings = settings_of(self.images, self.plan.shape, self.rows[key].recipe, seed)
-        return self.measure.cell(self.model(key, seed).model, GRIDS[column], seed, file, settings, self.clock)
+        trained = self.model(key, seed)
+        return self.measure.cell(trained.model, GRIDS[column], seed, file, trained.settings, self.clock)
 
 
-def classifier(images: Images, steps: int, file: Path, device: torch.device) -> tuple[Extractor, str]:
-    """Features of a small classifier, and what to say of them."""
-    settings = {"image": images.shape, "steps": steps}
+def classifier(images: Images, steps: int, file: Path, device: torch.device) -> tuple[Extractor, str, str]:
+    """Features of a small classifier, the name of this very one, and what to say of them."""
+    settings = {"image": images.shape, "data": images.fingerprint(), "steps": steps}
     if file.is_file():
         tensors, metadata = read_tensors(file)
         check_settings(file, metadata["settings"], settings)
@@ -91,7 +91,8 @@ def classifier(images: Images, steps: int, file: Path, device: torch.device) -> 
             net = train_classifier(images, steps, device, bar.update)
         write_tensors(file, net.state_dict(), {"settings": settings})
     found = 100 * accuracy(net, images, images.held_out)
-    return net.features, f"Features of a classifier of the same images, {found:.1f} % right on held-out ones"
+    name = f"classifier {digest(net.state_dict().values())}"
+    return net.features, name, f"Features of a classifier of the same images, {found:.1f} % right on held-out ones"
 
 
 def planned(args: argparse.Namespace) -> Plan:
@@ -138,6 +139,8 @@ def parse() -> argparse.Namespace:
         value = getattr(args, name.replace("-", "_"))
         if value is not None and not value > 0:
             parser.error(f"--{name} must be above 0, got {value}")
+    if len(set(args.seeds)) < len(args.seeds):
+        parser.error(f"--seeds must differ, got {args.seeds}")
     known = rows(PLANS[args.data])
     for key in args.rows:
         if key not in known:
@@ -153,15 +156,15 @@ def main() -> None:
     try:
         images, plan = READERS[args.data](args.root), planned(args)
         if args.features == "inception":
-            extract, said = inception(device), "Features of Inception v3 as in FID"
+            extract, features, said = inception(device), "inception", "Features of Inception v3 as in FID"
         else:
             file = args.out / "models" / "classifier.safetensors"
-            extract, said = classifier(images, plan.classifier_steps, file, device)
+            extract, features, said = classifier(images, plan.classifier_steps, file, device)
         splits = (images.train, images.held_out)
         train, held_out = (moments(extract, real_pictures(images, split, device)) for split in splits)
         floor = frechet_distance(train, held_out)
         print(f"{said}; held-out images lie {floor:.2f} from the training images", flush=True)
-        measure = Measure(images, extract, (train, held_out), plan.samples, plan.batch, device, args.features)
+        measure = Measure(images, extract, (train, held_out), plan.samples, plan.batch, device, features)
         table = Table(images, plan, measure, args.out, clock)
         cells: Cells = {}
         for seed in args.seeds:

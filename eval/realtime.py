@@ -224,6 +224,7 @@ def prepared(args: argparse.Namespace, folder: Path) -> Path:
     """The policy with a robot's motors and the asked network calls, in its configuration, where the server reads it."""
     from fm_policy.assets import default_policy
     from fm_policy.deploy.as_motors import as_motors
+    from fm_policy.flow.solvers import SOLVER_CALLS
 
     path = folder / "policy"
     if args.policy is None:
@@ -231,13 +232,15 @@ def prepared(args: argparse.Namespace, folder: Path) -> Path:
     else:
         shutil.copytree(args.policy, path)
     config = json.loads((path / "config.json").read_text())
-    config["num_solver_steps"] = args.nfe
+    config["num_solver_steps"] = args.nfe // (SOLVER_CALLS[config["solver"]] or 1)
     (path / "config.json").write_text(json.dumps(config, indent=4))
     return path
 
 
 def main() -> None:
     args = parse()
+    if args.out.exists():
+        raise SystemExit(f"realtime.py: {args.out} exists: choose another --out")
     import torch
 
     import lerobot_policy_fm_ft  # noqa: F401  (registers the types)

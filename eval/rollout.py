@@ -79,7 +79,7 @@ def main() -> None:
     try:
         with companions(args.processes):
             evaluate(args)
-    except (ValueError, ModuleNotFoundError, NoOpenGLError, ConnectionError) as error:
+    except (ValueError, ModuleNotFoundError, NoOpenGLError, OSError) as error:
         raise SystemExit(f"rollout.py: {error}") from error
 
 

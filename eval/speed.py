@@ -287,11 +287,13 @@ def main() -> None:
     args = parse()
     try:
         todo = measurements(args.pixels)
-        page = around(args.into) if args.into else None  # a wrong one is told before anything is measured
+        if args.into:
+            around(args.into)  # a wrong one is told before anything is measured
         run(args.out, {name: todo[name] for name in args.only or todo})
         text = table(*read(args.out))
-        if page:
-            args.into.write_text(f"{page[0]}\n{text}\n\n{page[1]}", encoding="utf-8")
+        if args.into:
+            before, after = around(args.into)  # as it is now: half an hour has passed
+            args.into.write_text(f"{before}\n{text}\n\n{after}", encoding="utf-8")
     except (RuntimeError, ValueError, OSError) as error:
         raise SystemExit(f"speed.py: {error}") from error
     print(text)

@@ -128,10 +128,11 @@ def fingerprint(root: Path) -> str:
 
 
 def build(meta: "LeRobotDatasetMetadata", keys: Sequence[str], folder: Path) -> None:
-    """Write arrays of a data set to `folder`, where each appears only when it is complete."""
+    """Write arrays of a data set to `folder`, where each appears only when it is complete; one process at a time."""
     # Imported here because it takes seconds, and a robot that loads the processors never builds a store.
     from lerobot.datasets import LeRobotDataset
 
+    _remove_leftovers(folder)
     _check_room(meta, keys, folder)
     dataset = LeRobotDataset(meta.repo_id, root=meta.root, revision=meta.revision, return_uint8=True)
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as partial:
@@ -139,6 +140,13 @@ def build(meta: "LeRobotDatasetMetadata", keys: Sequence[str], folder: Path) -> 
         folder.mkdir(exist_ok=True)
         for key in keys:
             os.replace(Path(partial, f"{key}.npy"), folder / f"{key}.npy")
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left of this store: nobody else builds it now."""
+    for partial in folder.parent.glob(f"{folder.name}.*"):
+        if partial.is_dir():
+            shutil.rmtree(partial)
 
 
 def _check_room(meta: "LeRobotDatasetMetadata", keys: Sequence[str], folder: Path) -> None:

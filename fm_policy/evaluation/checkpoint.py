@@ -84,7 +84,10 @@ def _load[P: ChunkPolicy](
     kind = _kind(path)
     if kind != policy_class.name:
         raise ValueError(f"{path} holds a policy of type {kind!r}, expected {policy_class.name!r}")
-    get_safe_torch_device(device)
+    try:
+        get_safe_torch_device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be had: {error}") from error
     config = PreTrainedConfig.from_pretrained(path)
     config.device = device
     own = _inference(config)

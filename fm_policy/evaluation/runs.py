@@ -1,6 +1,7 @@
 """An evaluation as a folder: `run.json`, `episodes.jsonl`, `summary.json` and `videos`, continued after a kill."""
 
 import json
+import logging
 import math
 import shlex
 import sys
@@ -103,7 +104,7 @@ def evaluate_into(
         rank: Which of these processes this is.
 
     Returns:
-        The summary, as written.
+        The summary, as written; of an evaluation that was finished before, that of then.
 
     Raises:
         ValueError: If the folder is not empty and not to be continued, holds another evaluation, or is being written
@@ -128,7 +129,13 @@ def evaluate_into(
         rank.wait()
         done = read_episodes(path)
         rank.wait()  # nobody writes before everybody has read
-        share = rank.share(_left(run, done))
+        left = _left(run, done)
+        if not left and (folder / "summary.json").is_file():
+            rank.wait()
+            return _read_summary(folder)
+        if rank.first and (silent := set(run.jobs[: run.videos]) - set(left)):
+            logging.warning(f"not filmed, since their episodes ran before: seeds {sorted(key.seed for key in silent)}")
+        share = rank.share(left)
         with EpisodeFile(part(path, rank.number)) as rows:
             episodes = _run_share(run, share, sampler, env_config, folder)
             for episode in _progress(episodes, done, len(share), silent=not rank.first):
@@ -148,7 +155,11 @@ def evaluate_into(
             }
             write_json(folder / "summary.json", summary)
         rank.wait()
-        return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        return _read_summary(folder)
+
+
+def _read_summary(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
 @contextmanager
@@ -208,7 +219,7 @@ def _run_share(
 
 def _claim(folder: Path, settings: dict[str, Any], resume: bool) -> None:
     folder.mkdir(exist_ok=True)
-    present = sorted(path.name for path in folder.iterdir())
+    present = sorted(path.name for path in folder.iterdir() if path.suffix != ".part")  # a draft, left by a kill
     record = folder / "run.json"
     if not present:
         write_json(record, settings)

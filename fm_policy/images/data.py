@@ -5,6 +5,7 @@ Nothing is downloaded, and nothing is unpickled.
 
 import gzip
 import math
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from fm_policy.files import digest
 
 HELD_OUT_DIGITS = 450  # a quarter
 CIFAR10_SHAPE = (3, 32, 32)
@@ -49,6 +52,10 @@ class Images(NamedTuple):
         """Height, width and channels."""
         height, width, channels = self.train.pixels.shape[1:]
         return height, width, channels
+
+    def fingerprint(self) -> str:
+        """Hash of every pixel and label: of which data a model or a number is."""
+        return digest([*self.train, *self.held_out])
 
     def chunks(self, pixels: Tensor) -> Tensor:
         """Whole numbers `(B, height, width, channels)` as chunks `(B, pixels, channels)` in [-1, 1]."""
@@ -122,7 +129,10 @@ def _find(data: str, root: Path | None, names: list[str], inner: str = "") -> li
 
 def _read_idx(file: Path) -> np.ndarray:
     """The bytes of an idx file: two zeros, 8 for bytes, the number of dimensions, their sizes, the numbers."""
-    content = gzip.decompress(file.read_bytes())
+    try:
+        content = gzip.decompress(file.read_bytes())
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{file} is no idx file of bytes, or is cut off: {error}") from error
     dimensions = content[3] if len(content) > 3 and content[:3] == b"\0\0\x08" else 0
     sizes, numbers = content[4 : 4 + 4 * dimensions], content[4 + 4 * dimensions :]
     shape = [int.from_bytes(sizes[n : n + 4]) for n in range(0, len(sizes), 4)]

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fm_policy.ema import ema_decay, ema_update
-from fm_policy.files import part, read_tensors, write_tensors
+from fm_policy.files import digest, part, read_tensors, write_tensors
 from fm_policy.flow.coupling import independent, inverse, minibatch_ot, nearest
 from fm_policy.flow.losses import cfm_loss, masked_mse
 from fm_policy.images.data import Images
@@ -90,10 +90,12 @@ class Trained:
     Attributes:
         model: With the averaged weights, frozen.
         curve: What was measured on the way, by step.
+        settings: All that decides it: data, shape, recipe, seed, and a hash of the model that it started from.
     """
 
     model: ImageFlow
     curve: dict[int, float]
+    settings: dict[str, Any]
 
 
 class Trainer:
@@ -122,7 +124,10 @@ class Trainer:
             got = "none" if start is None else "a model"
             raise ValueError(f"the recipe starts from {recipe.start or 'fresh weights'}, got {got}")
         self.images, self.recipe, self.seed, self.device = images, recipe, seed, device
-        self.settings = settings_of(images, shape, recipe, seed)
+        self.settings: dict[str, Any] = {
+            **{"image": images.shape, "data": images.fingerprint(), "shape": asdict(shape), "recipe": asdict(recipe)},
+            **{"seed": seed, "start": None if start is None else digest(start.state_dict().values())},
+        }
         with repeatable((seed, START_KEY), device):
             self.net = ImageFlow(images.shape, shape, recipe.head).to(device)
         if start is not None:
@@ -157,7 +162,7 @@ class Trainer:
         partial = file.with_suffix(".partial")
         if file.is_file():
             self._load(file)
-            return Trained(self.average.requires_grad_(False), self.curve)
+            return Trained(self.average.requires_grad_(False), self.curve, self.settings)
         if partial.is_file():
             self._load(partial)
         saved = time.monotonic()
@@ -177,7 +182,7 @@ class Trainer:
                 bar.update()
         self._save(file, unfinished=False)
         partial.unlink(missing_ok=True)
-        return Trained(self.average.requires_grad_(False), self.curve)
+        return Trained(self.average.requires_grad_(False), self.curve, self.settings)
 
     def _learn(self) -> None:
         for group in self.optimizer.param_groups:
@@ -240,8 +245,3 @@ class Trainer:
                 n, _, key = name.partition(".")
                 state.setdefault(int(n), {})[key] = value
             self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
-
-
-def settings_of(images: Images, shape: Shape, recipe: Recipe, seed: int) -> dict[str, Any]:
-    """What decides a model, beside the one that it starts from."""
-    return {"image": images.shape, "shape": asdict(shape), "recipe": asdict(recipe), "seed": seed}

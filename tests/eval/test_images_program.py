@@ -4,6 +4,7 @@ import json
 import math
 import re
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -102,6 +103,24 @@ def test_other_settings_in_the_same_folder_are_refused(made, program):
         program(*command, "--steps", 7)
 
 
+def test_what_followed_from_other_settings_is_refused_where_they_were_removed(made, program, tmp_path):
+    """A base, or the classifier, trained anew: nothing that was made with the old one goes into the new table."""
+    folder, command = made
+    command = (*command[:-1], shutil.copytree(folder, tmp_path / "copy"))
+    models, tuned = command[-1] / "models", next(key for key in ROWS if key != "i-cfm")
+    for seed in (0, 1):
+        (models / f"i-cfm-{seed}.safetensors").unlink()
+    longer = ("--steps", 7)
+    for file in (command[-1] / "cells").glob("i-cfm-[01]-*"):
+        file.unlink()
+    with pytest.raises(SystemExit, match=rf"{tuned}-0.safetensors was made with start '\w+' instead of '\w+'"):
+        program(*command, *longer)
+    shutil.copytree(folder, command[-1], dirs_exist_ok=True)
+    (models / "classifier.safetensors").unlink()
+    with pytest.raises(SystemExit, match=r"was made with features 'classifier \w+' instead of 'classifier \w+'"):
+        program(*command, "--classifier-steps", 9)
+
+
 def test_cifar10_s_recipe_runs_on_pictures_of_its_size(program, tmp_path):
     """Generated ones; the net keeps its depth and its attention, but not its width."""
     rng = np.random.default_rng(0)
@@ -123,6 +142,7 @@ def test_cifar10_s_recipe_runs_on_pictures_of_its_size(program, tmp_path):
     [
         (("--rows", "ddpm"), "--rows must be among i-cfm, .*, got 'ddpm'"),
         (("--samples", 0), "--samples must be above 0, got 0"),
+        (("--seeds", 0, 1, 0), r"--seeds must differ, got \[0, 1, 0\]"),
         (("--columns", "heun4"), "invalid choice: 'heun4'"),
     ],
 )

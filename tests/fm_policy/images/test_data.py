@@ -92,6 +92,15 @@ class TestFashion:
         with pytest.raises(ValueError, match=f"{FASHION[0]} is no idx file of bytes, or is cut off"):
             fashion(fashion_folder)
 
+    @pytest.mark.parametrize(
+        "spoil", [lambda content: content[: len(content) // 2], lambda _: b"<html>not found</html>"]
+    )
+    def test_a_download_that_broke_off_is_refused(self, fashion_folder, spoil):
+        file = fashion_folder / FASHION[0]
+        file.write_bytes(spoil(file.read_bytes()))
+        with pytest.raises(ValueError, match=f"{FASHION[0]} is no idx file of bytes, or is cut off"):
+            fashion(fashion_folder)
+
     @pytest.mark.parametrize("content", [b"", b"\0\0\x08", b"\0\0\x08\3\0\0", b"\0\0\x0d\1\0\0\0\1\0"])
     def test_a_file_of_another_kind_is_refused(self, fashion_folder, content):
         (fashion_folder / FASHION[3]).write_bytes(gzip.compress(content))
