@@ -44,10 +44,16 @@ def _features(folder: Path) -> Collection[str]:
     file = folder / "config.json"
     if not file.is_file():
         raise UsageError(f"{folder} holds no policy (no config.json); a run's are in checkpoints/*/pretrained_model")
-    config = json.loads(file.read_text())
-    if config.get("type") != "fm_ft":
-        raise UsageError(f"{folder} holds a policy of type {config.get('type')!r}, expected 'fm_ft'")
-    return config["input_features"].keys()
+    try:
+        config = json.loads(file.read_text())
+        kind, features = config["type"], config.get("input_features")
+    except (ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"{file} is broken, perhaps cut off when it was copied: {error!r}") from error
+    if kind != "fm_ft":
+        raise UsageError(f"{folder} holds a policy of type {kind!r}, expected 'fm_ft'")
+    if not isinstance(features, dict):
+        raise UsageError(f"{file} names no input_features, got {features!r}")
+    return features.keys()
 
 
 def _check_observations(features: Collection[str], path: str, key: recipes.RecipeKey) -> None:

@@ -37,6 +37,15 @@ def history(config: FlowMatchingConfig, observation: Mapping[str, Tensor]) -> di
     return {name: _feature_history(config, name, value) for name, value in observation.items()}
 
 
+def check_frames(config: FlowMatchingConfig, observation: Mapping[str, Tensor]) -> None:
+    """Check single frames, `(B, *shape)` each, before they become part of a history.
+
+    Raises:
+        ValueError: If a feature is misshapen or not finite.
+    """
+    history(config, {name: torch.stack([value] * config.n_obs_steps, dim=1) for name, value in observation.items()})
+
+
 def _feature_history(config: FlowMatchingConfig, name: str, value: Tensor) -> Tensor:
     shape, steps = tuple((config.input_features or {})[name].shape), config.n_obs_steps
     if value.ndim == len(shape) + 1:

@@ -230,8 +230,13 @@ class FlowMatchingPolicy(PreTrainedPolicy):
 
         Returns:
             Normalised action, `(B, action_dim)`.
+
+        Raises:
+            ValueError: If the observation is missing, misshapen or not finite: it is no part of the history then; or of
+                another batch size than the episode's.
         """
         observation = contract.observation(self.config, batch)
+        contract.check_frames(self.config, observation)
         self._check_batch_size(observation)
         populate_queues(self._queues, observation)
         if not self._queues[ACTION]:

@@ -310,6 +310,8 @@ def test_help_on_a_later_stage_asks_for_no_base():
         ),
         (["--policy.path=empty"], r"empty holds no policy \(no config\.json\).*checkpoints/\*/pretrained_model"),
         (["--policy.path=act"], r"act holds a policy of type 'act', expected 'fm_ft'"),
+        (["--policy.path=cut"], r"cut/config\.json is broken, perhaps cut off when it was copied: JSONDecodeError"),
+        (["--policy.path=bare"], r"bare/config\.json names no input_features, got None"),
         (["--policy.path=image"], r"image sees observation\.image, which obs=state does not show: say obs=image"),
         (["obs=image", "--policy.path=state"], r"state sees observation\.environment_state, .*: say obs=state"),
         (["--policy.path=robot"], r"robot sees observation\.images\.wrist, which obs=state does not show$"),
@@ -318,6 +320,9 @@ def test_help_on_a_later_stage_asks_for_no_base():
 def test_a_later_stage_without_a_fitting_base_is_refused(words, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    for name, text in {"cut": '{"type": "fm', "bare": '{"type": "fm_ft"}'}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
     write_policy(tmp_path / "act", "act", "observation.state")
     write_policy(tmp_path / "state", "fm_ft", "observation.state", "observation.environment_state")
     write_policy(tmp_path / "image", "fm_ft", "observation.state", "observation.image")

@@ -269,6 +269,17 @@ class TestInference:
             with pytest.raises(ValueError, match=message):
                 call({**good, **bad})
 
+    def test_a_refused_observation_is_no_part_of_the_history(self, tiny):
+        policy = tiny.policy(n_obs_steps=2, n_action_steps=2).eval()
+        good = tiny.frame(policy.config)
+        chunk = torch.randn(4, 16, 3)
+        first = policy.select_action(good, noise=chunk)
+        for bad in (torch.full((4, 2), torch.nan), torch.zeros(4, 7)):  # in mid-chunk, where no net would meet it
+            with pytest.raises(ValueError, match="'observation.state'"):
+                policy.select_action(good | {"observation.state": bad})
+        policy.select_action(good)
+        assert torch.equal(policy.select_action(good, noise=chunk), first)
+
     def test_bad_noise_and_a_changed_batch_size_are_refused(self, tiny):
         policy = tiny.policy().eval()
         with pytest.raises(ValueError, match=r"noise must have the shape \(4, 16, 3\), got \(4, 8, 3\)"):

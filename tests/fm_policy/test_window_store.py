@@ -162,6 +162,17 @@ def test_an_interrupted_build_leaves_no_store(root, home, monkeypatch):
     open_store(meta, OBSERVED, ACTED)
 
 
+def test_what_killed_builds_left_is_removed_by_the_next_one(root, home):
+    """`SIGKILL` gives nobody time to clean up."""
+    meta = LeRobotDataset("local/small", root=root).meta
+    for left in ("half", "other"):
+        (home / f"{fingerprint(root)}.{left}").mkdir(parents=True)
+        (home / f"{fingerprint(root)}.{left}" / "action.npy").write_bytes(b"half")
+    (home / "another.store").mkdir()
+    open_store(meta, OBSERVED, ACTED)
+    assert sorted(path.name for path in home.iterdir() if path.is_dir()) == sorted([fingerprint(root), "another.store"])
+
+
 def test_one_builds_while_the_others_wait(root, home, monkeypatch):
     meta = LeRobotDataset("local/small", root=root).meta
     builds = []

@@ -9,6 +9,7 @@ from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 from lerobot.policies.diffusion.modeling_diffusion import DiffusionModel
 from lerobot.policies.factory import get_policy_class, make_policy, make_pre_post_processors
+from safetensors.torch import load_file, save_file
 
 from fm_policy.baselines.configuration_dp_ema import DiffusionEmaConfig
 from fm_policy.baselines.modeling_dp_ema import DiffusionEmaPolicy
@@ -37,6 +38,22 @@ def windows(size: int = 4) -> dict[str, torch.Tensor]:
     batch = {name: torch.rand(size, 1, *ft.shape, generator=draw) * 2 - 1 for name, ft in INPUTS.items()}
     action = torch.rand(size, 16, 2, generator=draw) * 2 - 1
     return batch | {"action": action, "action_is_pad": torch.zeros(size, 16, dtype=torch.bool)}
+
+
+@pytest.mark.parametrize("fields", [{"ema_power": 0.0}, {"ema_power": -1.0}, {"ema_max_decay": 1.5}])
+def test_what_is_no_average_is_refused(fields):
+    with pytest.raises(ValueError, match="ema_max_decay must be in .* and ema_power positive and finite"):
+        DiffusionEmaConfig(**fields)
+
+
+def test_a_file_without_the_average_is_refused(tmp_path):
+    """By LeRobot's own loading, too, which is lenient: the policy would act by random weights."""
+    policy().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    live = {name: value for name, value in weights.items() if not name.startswith("ema_diffusion.")}
+    save_file(live, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match="Missing key.*ema_diffusion"):
+        DiffusionEmaPolicy.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(("kind", "steps"), [("DDPM", 20), ("DDPM", 7), ("DDIM", 20), ("DDIM", 8)])

@@ -134,6 +134,29 @@ def test_scaled_noise_is_told_and_not_mixed_with_other(checkpoint, short_pusht, 
         evaluate_into(tmp_path, checkpoint, short_pusht, few, resume=True)
 
 
+def test_a_finished_evaluation_stays_as_it_was_measured(finished, checkpoint, short_pusht):
+    """Nothing is run, so that there is nothing to measure anew."""
+    folder, summary = finished
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    again = evaluate_into(folder, checkpoint, short_pusht, RUN, resume=True)
+    assert again == json.loads(json.dumps(summary)) and again["ms_per_chunk"]
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_films_of_episodes_that_ran_before_are_not_promised(checkpoint, short_pusht, tmp_path, caplog):
+    few = replace(RUN, episodes=1, repeats=1)
+    evaluate_into(tmp_path, checkpoint, short_pusht, few)
+    evaluate_into(tmp_path, checkpoint, short_pusht, replace(few, repeats=2, videos=1), resume=True)
+    assert "not filmed, since their episodes ran before: seeds [1000]" in caplog.text
+
+
+def test_a_draft_that_a_kill_left_is_no_evaluation(checkpoint, short_pusht, tmp_path):
+    (tmp_path / "run.json.part").write_text("{")
+    assert (
+        evaluate_into(tmp_path, checkpoint, short_pusht, replace(RUN, episodes=1, repeats=1))["episodes_run_now"] == 1
+    )
+
+
 def test_resuming_in_an_empty_folder_starts(checkpoint, short_pusht, tmp_path):
     summary = evaluate_into(tmp_path, checkpoint, short_pusht, replace(RUN, episodes=1, repeats=1), resume=True)
     assert summary["episodes_run_now"] == 1
