@@ -6,6 +6,8 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+from fm_policy.threads import give_way
+
 START = time.perf_counter()
 
 
@@ -72,6 +74,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse()
+    give_way()
     # Imported late, here and above: help and wrong arguments need not wait for torch.
     from env_configs.opengl import NoOpenGLError
     from fm_policy.evaluation.ranks import companions

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fm_policy.threads import give_way
+
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -87,6 +89,7 @@ def make(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse()
+    give_way()
     # Imported late, here and above: help and wrong arguments need not wait for torch.
     from fm_policy.evaluation.ranks import companions
 

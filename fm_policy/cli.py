@@ -29,6 +29,7 @@ from fm_policy import recipes
 from fm_policy.cli_base import base_features
 from fm_policy.cli_data import choose_data
 from fm_policy.cli_usage import UsageError, value_of
+from fm_policy.threads import give_way
 
 DEFAULTS = {"obs": "state", "stage": recipes.FIRST_STAGE}
 WORDS = ("policy", "env", "obs", "net", "stage")
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int | str | None:
 
 def run(command: Sequence[str]) -> int | str | None:
     """Run one of LeRobot's programs in this process; `command` is its name and arguments."""
+    give_way()
     before, sys.argv = sys.argv, list(command)
     try:
         return programs()[command[0]].load()()

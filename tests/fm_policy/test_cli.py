@@ -1,6 +1,7 @@
 """The program `lerobot`: what its words stand for, what it refuses, and which data it takes."""
 
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -350,6 +351,23 @@ def test_a_program_sees_its_own_arguments_and_its_status_is_returned(monkeypatch
     assert cli.main(["info", "--x=1"]) == 3
     assert seen == [["lerobot-info", "--x=1"]]
     assert sys.argv == before
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_threads_give_way_to_other_work_unless_the_environment_says_otherwise(monkeypatch, said, expected):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that it is taken back in the end, whatever the program sets
+        monkeypatch.delenv(name)
+    for name in said:
+        monkeypatch.setenv(name, said[name])
+    seen = []
+    program = SimpleNamespace(load=lambda: lambda: seen.append(os.environ.get("GOMP_SPINCOUNT")))
+    monkeypatch.setattr(cli, "programs", lambda: {"lerobot-info": program})
+    cli.main(["info"])
+    assert seen == [expected]
 
 
 def test_steps_aside_for_a_lerobot_program_of_lerobot(monkeypatch):
