@@ -35,7 +35,11 @@ def parse() -> argparse.Namespace:
     add("--pairs", type=int, default=10_000, help="simulated pairs of states")
     add("--limit", type=float, default=60.0, help="seconds for the three questions to one head")
     add("--json", type=Path, help="file for the numbers")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name, value in {"seeds": args.seeds, "pairs": args.pairs, "sizes": min(args.sizes)}.items():
+        if value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
+    return args
 
 
 def draw_head(kind: str, n: int, seed: int, spread: float) -> "ControlSynth":

@@ -35,7 +35,11 @@ def parse() -> argparse.Namespace:
     add("--steps", type=int, default=200, help="steps of each in a round")
     add("--rounds", type=int, default=5, help="rounds")
     add("--json", type=Path, help="file for the numbers")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name in ("batch", "processes", "steps", "rounds"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    return args
 
 
 def bare(task: str) -> Run:

@@ -79,8 +79,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1000, help="start of the first episode")
     parser.add_argument("--episodes", type=int, default=4, help="episodes in the GIF, side by side")
     args = parser.parse_args()
+    if args.episodes < 1:
+        parser.error(f"--episodes must be at least 1, got {args.episodes}")
+    try:
+        checkpoint = load_checkpoint(args.policy)
+    except ValueError as error:
+        raise SystemExit(f"pictures.py: {error}") from error
     args.out.mkdir(parents=True, exist_ok=True)
-    checkpoint = load_checkpoint(args.policy)
     films, rewards = zip(*(rollout(checkpoint, args.seed + i, i) for i in range(args.episodes)), strict=True)
     length = max(map(len, films))
     rows = [np.concatenate([film[min(i, len(film) - 1)] for film in films], axis=1) for i in range(0, length, 2)]

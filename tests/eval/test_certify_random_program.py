@@ -56,3 +56,10 @@ def test_fails_where_it_takes_too_long(certify_random, capsys):
         certify_random(*options, "--limit", 1e-9)
     assert stopped.value.code == 1
     assert "n=2 constructed seed 0: contraction certified, 0 s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["seeds", "pairs", "sizes"])
+def test_no_heads_are_no_answer(certify_random, capsys, name):
+    with pytest.raises(SystemExit):
+        certify_random(f"--{name}", 0)
+    assert f"--{name} must be at least 1, got 0" in capsys.readouterr().err

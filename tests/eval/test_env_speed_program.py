@@ -37,3 +37,11 @@ def test_every_step_is_the_simulators_even_beyond_the_end_of_an_episode(monkeypa
         counted.clear()
         run(2 * 350)
         assert len(counted) == 2 * 350
+
+
+@pytest.mark.parametrize("name", ["batch", "processes", "steps", "rounds"])
+def test_nothing_is_timed_by_no_steps(monkeypatch, capsys, name):
+    monkeypatch.setattr(sys, "argv", [PROGRAM, f"--{name}", "0"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(PROGRAM, run_name="__main__")
+    assert f"--{name} must be at least 1, got 0" in capsys.readouterr().err
