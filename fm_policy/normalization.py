@@ -36,7 +36,7 @@ def prepare(config: "Config", meta: Any) -> None:
         logging.warning(f"The same in all of the data, so that nothing is learned from it: {', '.join(constant)}")
 
 
-def widen_constants(config: "Config", stats: dict[str, dict[str, Any]]) -> list[str]:
+def widen_constants(config: "Config", stats: dict[str, dict[str, Any]], owner: str = "the data set") -> list[str]:
     """Give every observed number that is the same in all of the data a range, in place.
 
     LeRobot divides by the range, or by 1e-8 where there is none: a joint that stood at .3 throughout and is at .301
@@ -45,19 +45,20 @@ def widen_constants(config: "Config", stats: dict[str, dict[str, Any]]) -> list[
     Args:
         config: Of the policy, with its features.
         stats: Of the data set, feature -> statistic -> values; LeRobot makes the processors of it.
+        owner: Whose they are, for what is refused.
 
     Returns:
         The numbers, as `"observation.state[3]"`.
 
     Raises:
-        ValueError: If the data set lacks a statistic that the policy normalises by.
+        ValueError: If it lacks a statistic that the policy normalises by.
     """
     constant = []
     for name, feature in (config.input_features or {}).items():
         ends = STATISTICS[config.normalization_mapping[feature.type.value]]
         if name not in stats or not ends:
             continue
-        low, high = (np.asarray(_statistic(stats, name, end, "the data set"), dtype=np.float64) for end in ends)
+        low, high = (np.asarray(_statistic(stats, name, end, owner), dtype=np.float64) for end in ends)
         room = np.maximum(1.0, abs(low))
         width, wide = (high, room) if ends == ("mean", "std") else (high - low, low + 2 * room)
         flat = width < TINY * room
@@ -80,8 +81,9 @@ def keep_statistics(config: "Config", folder: Path) -> None:
     if meta is None:
         return
     stored = _stored_statistics(str(config.pretrained_path or folder))
-    widen_constants(config, stored)
-    differing = _differing_statistics(config, stored, meta.stats, folder)
+    owner = f"the preprocessor of {folder}"
+    widen_constants(config, stored, owner)
+    differing = _differing_statistics(config, stored, meta.stats, owner)
     if differing and not config.keep_statistics:
         lines = [f"{what}: {there} there, {here} here" for what, (there, here) in differing.items()]
         raise ValueError(
@@ -106,16 +108,16 @@ def _stored_statistics(source: str) -> dict[str, dict[str, Any]]:
 
 
 def _differing_statistics(
-    config: "Config", stored: Statistics, given: Statistics, folder: Path
+    config: "Config", stored: Statistics, given: Statistics, owner: str
 ) -> dict[str, tuple[list, list]]:
     """`"<feature> <statistic>"` to the base's value and the data set's, where they differ."""
     differing = {}
     for name, feature in {**(config.input_features or {}), **(config.output_features or {})}.items():
         for statistic in STATISTICS[config.normalization_mapping[feature.type.value]]:
-            there = torch.as_tensor(_statistic(stored, name, statistic, f"the preprocessor of {folder}")).double()
+            there = torch.as_tensor(_statistic(stored, name, statistic, owner)).double()
             here = torch.as_tensor(_statistic(given, name, statistic, "the data set")).double()
             if here.numel() != there.numel():
-                raise ValueError(f"'{name}' has {here.numel()} numbers in the data set, {there.numel()} in {folder}")
+                raise ValueError(f"'{name}' has {here.numel()} numbers in the data set, {there.numel()} in {owner}")
             here = here.reshape(there.shape)
             if not torch.allclose(here, there, rtol=1e-4, atol=1e-6):
                 differing[f"{name} {statistic}"] = there.flatten().tolist(), here.flatten().tolist()

@@ -24,7 +24,7 @@ from fm_policy.evaluation.provenance import PACKAGES, describe_hardware, describ
 from fm_policy.evaluation.ranks import ALONE, Rank
 from fm_policy.evaluation.report import chunk_times, summarise
 from fm_policy.evaluation.rollouts import BATCH_SIZE, run_episodes
-from fm_policy.evaluation.videos import Camera
+from fm_policy.evaluation.videos import Camera, film_of
 from fm_policy.files import write_json
 from fm_policy.sources import source_fingerprint
 
@@ -130,11 +130,11 @@ def evaluate_into(
         done = read_episodes(path)
         rank.wait()  # nobody writes before everybody has read
         left = _left(run, done)
+        if rank.first:
+            _tell_unfilmed(run, left, folder / "videos")
         if not left and (folder / "summary.json").is_file():
             rank.wait()
             return _read_summary(folder)
-        if rank.first and (silent := set(run.jobs[: run.videos]) - set(left)):
-            logging.warning(f"not filmed, since their episodes ran before: seeds {sorted(key.seed for key in silent)}")
         share = rank.share(left)
         with EpisodeFile(part(path, rank.number)) as rows:
             episodes = _run_share(run, share, sampler, env_config, folder)
@@ -208,6 +208,13 @@ def _provenance(checkpoint: Checkpoint[ChunkPolicy]) -> dict[str, Any]:
 def _left(run: Run, done: list[Episode]) -> list[EpisodeKey]:
     keys = {episode.key for episode in done}
     return [key for key in run.jobs if key not in keys]
+
+
+def _tell_unfilmed(run: Run, left: Sequence[EpisodeKey], folder: Path) -> None:
+    """Films are made while an episode runs; of those that ran before without, none will be."""
+    ran = [key for key in run.jobs[: run.videos] if key not in left]
+    if missing := [key.seed for key in ran if not film_of(folder, key).is_file()]:
+        logging.warning(f"not filmed, since their episodes ran before: seeds {missing}")
 
 
 def _run_share(

@@ -11,6 +11,11 @@ from numpy.typing import NDArray
 from fm_policy.evaluation.episodes import EpisodeKey
 
 
+def film_of(folder: Path, key: EpisodeKey) -> Path:
+    """Where the film of an episode is, in the folder of films."""
+    return folder / f"episode_{key.seed}_{key.repeat}.mp4"
+
+
 class Camera:
     """Films some episodes; nothing is drawn while none of them runs.
 
@@ -35,7 +40,7 @@ class Camera:
         """Write the film of an ended episode, if there is one."""
         if frames := self._films.pop(key, None):
             self._folder.mkdir(parents=True, exist_ok=True)
-            write_video(self._folder / f"episode_{key.seed}_{key.repeat}.mp4", frames, fps)
+            write_video(film_of(self._folder, key), frames, fps)
 
 
 def _render(env: VectorEnv, rows: Iterable[int]) -> dict[int, NDArray[np.uint8]]:

@@ -148,6 +148,11 @@ def test_films_of_episodes_that_ran_before_are_not_promised(checkpoint, short_pu
     evaluate_into(tmp_path, checkpoint, short_pusht, few)
     evaluate_into(tmp_path, checkpoint, short_pusht, replace(few, repeats=2, videos=1), resume=True)
     assert "not filmed, since their episodes ran before: seeds [1000]" in caplog.text
+    caplog.clear()
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "episode_1000_0.mp4").touch()  # of a run that was broken off after it
+    evaluate_into(tmp_path, checkpoint, short_pusht, replace(few, repeats=2, videos=1), resume=True)
+    assert "not filmed" not in caplog.text
 
 
 def test_a_draft_that_a_kill_left_is_no_evaluation(checkpoint, short_pusht, tmp_path):
