@@ -104,7 +104,7 @@ def evaluate_into(
         rank: Which of these processes this is.
 
     Returns:
-        The summary, as written; of an evaluation that was finished before, that of then.
+        The summary, as written; of an evaluation that was finished before, with the times of then.
 
     Raises:
         ValueError: If the folder is not empty and not to be continued, holds another evaluation, or is being written
@@ -133,6 +133,8 @@ def evaluate_into(
         if rank.first:
             _tell_unfilmed(run, left, folder / "videos")
         if not left and (folder / "summary.json").is_file():
+            if rank.first:  # what was measured while the episodes ran stays
+                write_json(folder / "summary.json", _read_summary(folder) | {"episodes_run_now": 0})
             rank.wait()
             return _read_summary(folder)
         share = rank.share(left)
