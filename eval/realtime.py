@@ -223,17 +223,17 @@ def chunk_seconds(policy: Path) -> float:
 def prepared(args: argparse.Namespace, folder: Path) -> Path:
     """The policy with a robot's motors and the asked network calls, in its configuration, where the server reads it."""
     from fm_policy.assets import default_policy
+    from fm_policy.configuration_fm_ft import FlowMatchingConfig
     from fm_policy.deploy.as_motors import as_motors
-    from fm_policy.flow.solvers import SOLVER_CALLS
 
     path = folder / "policy"
     if args.policy is None:
         as_motors(default_policy(), path)
     else:
         shutil.copytree(args.policy, path)
-    config = json.loads((path / "config.json").read_text())
-    config["num_solver_steps"] = args.nfe // (SOLVER_CALLS[config["solver"]] or 1)
-    (path / "config.json").write_text(json.dumps(config, indent=4))
+    config = FlowMatchingConfig.from_pretrained(path)
+    config.set_solver(None, args.nfe)
+    config.save_pretrained(path)
     return path
 
 

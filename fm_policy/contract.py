@@ -43,22 +43,29 @@ def check_frames(config: FlowMatchingConfig, observation: Mapping[str, Tensor]) 
     Raises:
         ValueError: If a feature is misshapen or not finite.
     """
-    history(config, {name: torch.stack([value] * config.n_obs_steps, dim=1) for name, value in observation.items()})
+    for name, value in observation.items():
+        _check_feature(config, name, value, ())
 
 
 def _feature_history(config: FlowMatchingConfig, name: str, value: Tensor) -> Tensor:
-    shape, steps = tuple((config.input_features or {})[name].shape), config.n_obs_steps
-    if value.ndim == len(shape) + 1:
-        value = value.unsqueeze(1).expand(-1, steps, *value.shape[1:])
-    got = tuple(value.shape[1:])
-    resized = bool(config.resize_shape) and name in config.image_features
-    if got[:2] != (steps, shape[0]) if resized else got != (steps, *shape):
+    steps = (config.n_obs_steps,)
+    single = value.ndim == len((config.input_features or {})[name].shape) + 1
+    _check_feature(config, name, value, () if single else steps)
+    return value.unsqueeze(1).expand(-1, *steps, *value.shape[1:]) if single else value
+
+
+def _check_feature(config: FlowMatchingConfig, name: str, value: Tensor, steps: tuple[int, ...]) -> None:
+    """Check a feature, `(B, *steps, *shape)`; a picture that will be resized may have any size."""
+    shape = tuple((config.input_features or {})[name].shape)
+    got, known = tuple(value.shape[1:]), (*steps, *shape)
+    if config.resize_shape and name in config.image_features and len(got) == len(known):
+        got, known = got[: len(steps) + 1], known[: len(steps) + 1]
+    if got != known:
         raise ValueError(
-            f"'{name}' must have the shape (B, {steps}, {shape}) or (B, {shape}), got {tuple(value.shape)}"
+            f"'{name}' must have the shape (B, {config.n_obs_steps}, {shape}) or (B, {shape}), got {tuple(value.shape)}"
         )
     if not torch.isfinite(value).all():
         raise ValueError(f"'{name}' holds NaN or infinity")
-    return value
 
 
 def check_windows(config: FlowMatchingConfig, batch: Mapping[str, Tensor]) -> None:

@@ -143,7 +143,9 @@ def control(tuned: Plan, recipe: Mapping[str, Any], times: float) -> Plan:
 
 def _check_clear(policy: Mapping[str, Any]) -> None:
     if policy["observation_noise"]:
-        raise ValueError(f"observation_noise must be 0 here, got {policy['observation_noise']}")
+        raise ValueError(
+            f"this training disturbs nothing: observation_noise must be 0, got {policy['observation_noise']}"
+        )
 
 
 def _common(recipe: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

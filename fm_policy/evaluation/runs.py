@@ -167,6 +167,8 @@ def _read_summary(folder: Path) -> dict[str, Any]:
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     """Keep other evaluations out of a folder, whose rows two of them would write twice."""
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file, expected a folder")
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:

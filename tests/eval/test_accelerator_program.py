@@ -364,7 +364,7 @@ def test_other_folders_and_data_are_refused(recipe, packed, tmp_path):
         make_net(chosen.policy)
     noisy = plan.read_recipe(recipe, RecipeKey("pusht", "image"))
     noisy["policy"]["observation_noise"] = 0.1
-    with pytest.raises(ValueError, match="observation_noise must be 0 here, got 0.1"):
+    with pytest.raises(ValueError, match="observation_noise must be 0, got 0.1"):
         plan.first_stage("fm", noisy)
     recipe_of_few = plan.read_recipe(recipe, RecipeKey("pusht", "image"))
     recipe_of_few["policy"]["n_groups"] = 4

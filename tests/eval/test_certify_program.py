@@ -106,6 +106,14 @@ def test_certifies_the_deployed_head_and_a_third_party_agrees(constructed, unsta
         run("verify_certificate.py", tmp_path / "new" / "certificate.json", "--policy", unstable[0])
 
 
+def test_what_it_has_to_say_does_not_depend_on_a_picture(constructed, run, tmp_path, capsys, monkeypatch):
+    folder, _ = constructed
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    run("certify.py", "--policy", folder, "--out", tmp_path)  # and ends with status 0
+    assert "certify.py: no certificate.png" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["certificate.json"]
+
+
 def test_refuses_an_unstable_head_by_condition_and_amount(unstable, run, tmp_path, capsys):
     folder, policy = unstable
     with pytest.raises(SystemExit, match=r"certify\.py: not certified: contraction, euler, iss"):

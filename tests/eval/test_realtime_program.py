@@ -3,10 +3,15 @@
 import json
 import re
 import runpy
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from fm_policy.assets import default_policy
+from fm_policy.evaluation.checkpoint import load_checkpoint
 
 PROGRAM = str(Path(__file__).resolve().parents[2] / "eval" / "realtime.py")
 
@@ -32,6 +37,27 @@ def test_it_tells_what_a_slow_policy_misses_and_where_chunks_meet(monkeypatch, t
         assert min(row["jerk"], row["jerk_at_seams"], row["jerk_between"]) > 0
     shown = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert [run["score"] for run in shown] == [run["score"] for run in told["runs"]]
+
+
+@pytest.mark.parametrize(("solver", "nfe", "steps"), [("euler", 4, 4), ("heun", 4, 2)])
+def test_every_engine_makes_the_asked_network_calls(tmp_path, solver, nfe, steps):
+    """The server reads them from the configuration, as steps."""
+    policy = Path(shutil.copytree(default_policy(), tmp_path / "policy"))
+    config = json.loads((policy / "config.json").read_text())
+    (policy / "config.json").write_text(json.dumps(config | {"solver": solver}))
+    prepare = runpy.run_path(PROGRAM)["prepared"]
+    copy = prepare(SimpleNamespace(policy=policy, nfe=nfe), tmp_path / "copies")
+    told = json.loads((copy / "config.json").read_text())
+    assert told == config | {"solver": solver, "num_solver_steps": steps}
+    assert load_checkpoint(copy).policy.config.nfe == nfe
+
+
+def test_what_was_measured_before_is_not_written_over(monkeypatch, tmp_path):
+    (tmp_path / "told.json").write_text("mine")
+    monkeypatch.setattr(sys, "argv", [PROGRAM, "--out", str(tmp_path / "told.json")])
+    with pytest.raises(SystemExit, match="told.json exists: choose another --out"):
+        runpy.run_path(PROGRAM, run_name="__main__")
+    assert (tmp_path / "told.json").read_text() == "mine"
 
 
 @pytest.mark.parametrize(

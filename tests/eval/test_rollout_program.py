@@ -97,6 +97,8 @@ def wait_for_rows(path, count: int, process: subprocess.Popen, seconds: float = 
         (["--noise-scale", "-1"], "noise_scale must be finite and 0 or more, got -1"),
         (["--policy", "nowhere"], "no checkpoint: nowhere is no folder"),
         (["--out", "."], r"\. is not empty"),
+        (["--out", "something"], "something is a file, expected a folder"),
+        (["--device", "gpu"], "device 'gpu' cannot be had"),
     ],
 )
 def test_bad_arguments_are_refused_in_one_line(rollout, tmp_path, monkeypatch, arguments, message):

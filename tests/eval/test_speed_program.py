@@ -83,6 +83,23 @@ def test_measures_what_is_missing_and_writes_the_table_into_the_page(monkeypatch
     assert "python -c" not in capsys.readouterr().out and page.read_text() == text  # nothing was measured again
 
 
+def test_what_is_written_into_the_page_meanwhile_stays(monkeypatch, tmp_path, speed):
+    page = tmp_path / "page.md"
+    page.write_text("above\n<!-- speed -->\nof old\n<!-- end of speed -->\nbelow\n")
+    measure = speed["main"].__globals__["run"]
+
+    def edited(*arguments):
+        measure(*arguments)
+        page.write_text(page.read_text().replace("above", "above, edited"))
+
+    monkeypatch.setitem(speed["main"].__globals__, "run", edited)
+    monkeypatch.setattr(
+        sys, "argv", [PROGRAM, "--out", str(tmp_path / "files"), "--only", "import", "--into", str(page)]
+    )
+    speed["main"]()
+    assert page.read_text().startswith("above, edited\n<!-- speed -->\n\n| what |") and "of old" not in page.read_text()
+
+
 def test_a_program_that_fails_leaves_no_file(monkeypatch, tmp_path, speed):
     failing = speed["Measurement"](("-c", "raise SystemExit(3)"))
     with pytest.raises(RuntimeError, match="ended with 3"):
