@@ -1,5 +1,6 @@
 """What a batch must look like before the policy touches it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -64,8 +65,13 @@ def _check_feature(config: FlowMatchingConfig, name: str, value: Tensor, steps: 
         raise ValueError(
             f"'{name}' must have the shape (B, {config.n_obs_steps}, {shape}) or (B, {shape}), got {tuple(value.shape)}"
         )
-    if not torch.isfinite(value).all():
+    if not _is_finite(value):
         raise ValueError(f"'{name}' holds NaN or infinity")
+
+
+def _is_finite(value: Tensor) -> bool:
+    """Whether no number is NaN or infinite: by its extremes, a twentieth of what a mask of a picture takes."""
+    return value.numel() == 0 or all(math.isfinite(end) for end in value.aminmax())
 
 
 def check_windows(config: FlowMatchingConfig, batch: Mapping[str, Tensor]) -> None:
@@ -106,7 +112,7 @@ def check_left_over(left_over: Tensor, action_dim: int, inference_delay: int | N
     """
     if left_over.ndim not in (2, 3) or left_over.shape[-1] != action_dim or left_over.shape[:-2] not in ((), (1,)):
         raise ValueError(f"prev_chunk_left_over must be (T, {action_dim}), got {tuple(left_over.shape)}")
-    if not torch.isfinite(left_over).all():
+    if not _is_finite(left_over):
         raise ValueError("prev_chunk_left_over holds NaN or infinity")
     if inference_delay is not None and inference_delay < 0:
         raise ValueError(f"inference_delay must be 0 or more steps, got {inference_delay}")
@@ -146,7 +152,7 @@ class ObservationCheckStep(ProcessorStep):
                 f"the observation does not fit the policy: {'; '.join(misfits)}. The policy observes {wanted}: "
                 "this is a checkpoint of another robot or task, or a sensor is missing"
             )
-        if infinite := [name for name, value in given.items() if not torch.isfinite(value).all()]:
+        if infinite := [name for name, value in given.items() if not _is_finite(value)]:
             raise ValueError(f"the observation holds NaN or infinity in {infinite}")
         return transition
 
