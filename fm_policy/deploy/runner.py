@@ -22,11 +22,13 @@ import json
 import subprocess
 import sys
 import time
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
-from threading import Lock, Thread
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -43,6 +45,9 @@ FIELDS = (
 
 Compute = Callable[[Mapping[str, NDArray[Any]]], NDArray[Any]]
 """Inputs of the graph, a batch of one, to the actions of a chunk, `(chunk_length, action_dim)`."""
+
+Jobs = SimpleQueue[tuple[Future[NDArray[Any]], Mapping[str, NDArray[Any]]] | None]
+"""Chunks to make, and of what; None: no more."""
 
 
 class Runner:
@@ -71,8 +76,11 @@ class Runner:
         """
         self.settings = settings
         self.envelope = Envelope(settings["observations"], Limits(**settings["limits"]), clock)
-        self._compute, self._noise = compute, noise or np.random.default_rng().standard_normal
-        self._busy = Lock()  # the graph's: one chunk at a time
+        self._noise = noise or np.random.default_rng().standard_normal
+        self._jobs: Jobs = SimpleQueue()
+        # No executor: Python waits for its threads when it ends, and a graph that hangs would keep the robot's process.
+        Thread(target=_work, args=(self._jobs, compute), name="chunk", daemon=True).start()
+        weakref.finalize(self, self._jobs.put, None)
         self._pending: Future[NDArray[Any]] | None = None
         self._asked = 0  # tick of its observation
         self.reset()
@@ -95,7 +103,7 @@ class Runner:
         self._begin = -int(self.settings["n_action_steps"])  # tick of the chunk's first action
         if self._pending is not None:
             self._pending.cancel()
-        self._pending = None  # if it runs already, it is finished for nobody
+        self._pending = None  # if it runs already, the worker finishes it for nobody
 
     def act(self, observation: Mapping[str, Any] | None, timestamp: float | None = None) -> NDArray[np.float64] | None:
         """The action of this tick, by the deadline.
@@ -135,7 +143,8 @@ class Runner:
         if self._pending is None or (
             self._pending.done() and self._tick - self._asked >= self.settings["n_action_steps"]
         ):
-            self._asked, self._pending = self._tick, self._begun(self._inputs())
+            self._asked, self._pending = self._tick, Future()
+            self._jobs.put((self._pending, self._inputs()))
         deadline = self.envelope.limits.deadline
         wait([self._pending], deadline)
         if not self._pending.done():
@@ -146,22 +155,6 @@ class Runner:
             self._chunk, self._begin = self._checked(done.result()), self._asked
         except Exception as error:
             self.envelope.count("failed", f"no chunk: {error!r}")
-
-    def _begun(self, inputs: Mapping[str, NDArray[Any]]) -> Future[NDArray[Any]]:
-        """A chunk in the making, by a daemon: a graph that hangs does not keep the robot's process from ending."""
-        chunk: Future[NDArray[Any]] = Future()
-
-        def make() -> None:
-            with self._busy:
-                if not chunk.set_running_or_notify_cancel():
-                    return
-                try:
-                    chunk.set_result(self._compute(inputs))
-                except BaseException as error:
-                    chunk.set_exception(error)
-
-        Thread(target=make, name="chunk", daemon=True).start()
-        return chunk
 
     def _checked(self, chunk: NDArray[Any]) -> NDArray[np.float64]:
         """The chunk, if it is one: numpy would make actions of other shapes, too."""
@@ -183,6 +176,17 @@ class Runner:
         if kind == "zero":
             return np.zeros(len(self.envelope.limits.low))
         return self._chunk[place] if kind == "rest" and place < len(self._chunk) else self.envelope.last
+
+
+def _work(jobs: Jobs, compute: Compute) -> None:
+    """Make chunks one after the other, until there is None to make."""
+    while job := jobs.get():
+        chunk, inputs = job
+        if chunk.set_running_or_notify_cancel():
+            try:
+                chunk.set_result(compute(inputs))
+            except BaseException as error:
+                chunk.set_exception(error)
 
 
 def load(
@@ -279,7 +283,7 @@ def benchmark(folder: Path, chunks: int) -> str:
     """
     import resource
 
-    load(folder)  # told at once, and by name, if it is not whole
+    read_settings(folder)  # told at once, and by name, if it is not whole
     first = "import runner; r = runner.load(deadline=None); assert r.act(runner.blank(r.settings)) is not None"
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", first], cwd=folder, check=True)

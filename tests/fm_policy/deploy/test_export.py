@@ -81,6 +81,14 @@ def test_it_measures_itself_where_a_chunk_takes_longer_than_the_deadline(copied)
 
 
 @pytest.mark.parametrize("missing", ["format", "limits", "certificate", "noise_shape"])
+def test_a_graph_that_is_cut_off_is_not_measured(copied):
+    graph = copied / "policy.onnx"
+    graph.write_bytes(graph.read_bytes()[:1000])
+    done = subprocess.run([sys.executable, "runner.py", "--benchmark", "2"], cwd=copied, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "runner.py: policy.onnx is not the graph that settings.json was written with\n"
+
+
 def test_settings_that_lack_something_are_refused_by_name(copied, missing):
     settings = json.loads((copied / "settings.json").read_text())
     del settings[missing]

@@ -1,5 +1,6 @@
 """The runner's queue, history, fallbacks and watchdog, around a graph whose actions say where they come from."""
 
+import gc
 import subprocess
 import sys
 import threading
@@ -214,6 +215,17 @@ runner = Runner(settings, lambda inputs: threading.Event().wait())
 assert runner.act({{"observation.state": [1.0]}}) is None and runner.events["late"] == 1
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_the_worker_ends_with_its_runner(graph):
+    others = set(threading.enumerate())
+    runner = make(graph)
+    assert act(runner, 1) == 1.0
+    (worker,) = set(threading.enumerate()) - others
+    del runner
+    gc.collect()
+    worker.join(10)
+    assert not worker.is_alive()
 
 
 def test_another_robot_is_refused(graph):
