@@ -80,7 +80,6 @@ def test_it_measures_itself_where_a_chunk_takes_longer_than_the_deadline(copied)
     assert "2 chunks on one thread\n  wall: p50" in run(copied, "--benchmark", "2")
 
 
-@pytest.mark.parametrize("missing", ["format", "limits", "certificate", "noise_shape"])
 def test_a_graph_that_is_cut_off_is_not_measured(copied):
     graph = copied / "policy.onnx"
     graph.write_bytes(graph.read_bytes()[:1000])
@@ -89,6 +88,7 @@ def test_a_graph_that_is_cut_off_is_not_measured(copied):
     assert done.stderr == "runner.py: policy.onnx is not the graph that settings.json was written with\n"
 
 
+@pytest.mark.parametrize("missing", ["format", "limits", "certificate", "noise_shape"])
 def test_settings_that_lack_something_are_refused_by_name(copied, missing):
     settings = json.loads((copied / "settings.json").read_text())
     del settings[missing]
