@@ -255,7 +255,7 @@ class FlowMatchingConfig(WindowedConfig, PreTrainedConfig):
         wanted = self.nfe if nfe is None else nfe
         if calls is not None and (wanted is None or wanted < 1 or wanted % calls):
             raise ValueError(
-                f"{solver} calls the network {calls} times per step: the NFE must be a multiple, got {wanted}"
+                f"{solver} calls the network {calls} times per step: the NFE must be a positive multiple, got {wanted}"
             )
         self.solver = solver
         if calls is not None and wanted is not None:

@@ -95,7 +95,7 @@ def test_nfe_is_network_calls_whatever_the_solver(solver, nfe, steps):
     [
         ("heun", 5, "heun calls the network 2 times per step.* got 5"),
         ("rk4", 2, "rk4 calls the network 4 times per step.* got 2"),
-        (None, 0, "must be a multiple, got 0"),
+        (None, 0, "must be a positive multiple, got 0"),
         ("dopri5", 8, "NFE 8 cannot be set"),
         ("magic", None, "unknown solver 'magic'.*'euler'"),
     ],
@@ -106,7 +106,7 @@ def test_solvers_that_cannot_be_had_are_refused(solver, nfe, message):
 
 
 def test_an_adaptive_checkpoint_needs_an_nfe_for_a_fixed_solver():
-    with pytest.raises(ValueError, match="must be a multiple, got None"):
+    with pytest.raises(ValueError, match="must be a positive multiple, got None"):
         FlowMatchingConfig(device="cpu", solver="dopri5").set_solver("euler", None)
 
 
