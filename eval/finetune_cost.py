@@ -31,11 +31,11 @@ def make_step(batch_size: int, **changes: object) -> "Callable[[], float]":
     import torch
     from lerobot.configs import PreTrainedConfig
 
-    from fm_policy.assets import default_policy
+    from fm_policy.assets import pretrained_policy
     from fm_policy.modeling_fm_ft import FlowMatchingPolicy
 
     torch.set_num_threads(1)
-    config = PreTrainedConfig.from_pretrained(default_policy())
+    config = PreTrainedConfig.from_pretrained(pretrained_policy())
     for name, value in {"use_ema": True, **changes}.items():
         setattr(config, name, value)
     policy = FlowMatchingPolicy(config).train()

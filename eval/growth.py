@@ -94,9 +94,9 @@ def recipe() -> Any:
     """The recipe's configuration, as the shipped policy has it."""
     from lerobot.configs import PreTrainedConfig
 
-    from fm_policy.assets import default_policy
+    from fm_policy.assets import pretrained_policy
 
-    return PreTrainedConfig.from_pretrained(default_policy())
+    return PreTrainedConfig.from_pretrained(pretrained_policy())
 
 
 def varied(case: Case) -> tuple[int, dict[str, Any]]:

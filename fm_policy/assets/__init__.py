@@ -4,9 +4,11 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 
+BEST = {"pusht": "pusht_tuned", "kitchen": "kitchen_state", "lift": "lift_state", "transport": "transport_state"}
+
 
 def default_policy(task: str = "pusht") -> Path:
-    """Folder of the shipped checkpoint for a task from states, averaged weights only.
+    """Folder of the best shipped checkpoint for a task from states, averaged weights only.
 
     Args:
         task: As evaluations name it; `pusht_a` and `pusht_b` are both Push-T.
@@ -14,11 +16,15 @@ def default_policy(task: str = "pusht") -> Path:
     Raises:
         ValueError: If none ships for it.
     """
-    shipped = {path.name.removesuffix("_state"): path for path in sorted(FOLDER.glob("*_state"))}
     name = task.partition("_")[0]
-    if name not in shipped:
-        raise ValueError(f"no policy ships for the task {task!r}, only for {', '.join(shipped)}: name a checkpoint")
-    return shipped[name]
+    if name not in BEST:
+        raise ValueError(f"no policy ships for the task {task!r}, only for {', '.join(BEST)}: name a checkpoint")
+    return FOLDER / BEST[name]
+
+
+def pretrained_policy() -> Path:
+    """Folder of the Push-T flow that the shipped ones of one, two and sixteen calls were made from."""
+    return FOLDER / "pusht_state"
 
 
 def one_call_policy() -> Path:

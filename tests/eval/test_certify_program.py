@@ -15,7 +15,7 @@ import torch
 from lerobot.configs import PreTrainedConfig
 from PIL import Image
 
-from fm_policy.assets import default_policy
+from fm_policy.assets import pretrained_policy
 from fm_policy.modeling_fm_ft import FlowMatchingPolicy
 from fm_policy.residual import certificate, record
 from fm_policy.residual.inequalities import jacobian
@@ -28,7 +28,7 @@ PROGRAMS = Path(__file__).resolve().parents[2] / "eval"
 def save(folder: Path, seed: int = 0, gain: float = 0.3, shift: float = 0.0, **changes) -> FlowMatchingPolicy:
     """The shipped policy with a head of random weights; the averaged head is another one than the trained."""
     torch.manual_seed(seed)
-    config = PreTrainedConfig.from_pretrained(default_policy())
+    config = PreTrainedConfig.from_pretrained(pretrained_policy())
     residual = {
         "stage": "residual",
         "use_ema": True,
@@ -39,14 +39,14 @@ def save(folder: Path, seed: int = 0, gain: float = 0.3, shift: float = 0.0, **c
     }
     config = dataclasses.replace(config, device="cpu", **residual)
     data_set = SimpleNamespace()  # what counts is that there is one: it makes the frozen base
-    policy = FlowMatchingPolicy.from_pretrained(default_policy(), config=config, dataset_meta=data_set)
+    policy = FlowMatchingPolicy.from_pretrained(pretrained_policy(), config=config, dataset_meta=data_set)
     for net in (policy.net, policy.ema_net):
         for name, parameter in net.head.named_parameters():
             parameter.data += gain * torch.randn_like(parameter)
             if name == "parts.a0":
                 parameter.data += shift * torch.eye(len(parameter))
     policy.save_pretrained(folder)
-    for file in default_policy().glob("policy_*"):
+    for file in pretrained_policy().glob("policy_*"):
         shutil.copy(file, folder)
     return policy
 
@@ -152,7 +152,7 @@ def test_is_loud_where_a_simulated_pair_contradicts_the_certificate(constructed,
 
 def test_refuses_what_has_no_head_to_certify(constructed, run, tmp_path):
     with pytest.raises(SystemExit, match=r"has no head that could be certified \(head=None\)"):
-        run("certify.py", "--policy", default_policy(), "--out", tmp_path)
+        run("certify.py", "--policy", pretrained_policy(), "--out", tmp_path)
     save(tmp_path / "unet", head="unet")
     with pytest.raises(SystemExit, match=r"has no head that could be certified \(head='unet'\)"):
         run("certify.py", "--policy", tmp_path / "unet")

@@ -12,7 +12,7 @@ import pytest
 from lerobot.utils.constants import ACTION
 from PIL import Image
 
-from fm_policy.assets import default_demos, default_policy
+from fm_policy.assets import default_demos, pretrained_policy
 from fm_policy.evaluation.checkpoint import load_checkpoint
 from fm_policy.flow.losses import masked_mse
 from fm_policy.modeling_fm_ft import FlowMatchingPolicy
@@ -32,7 +32,7 @@ def run(*arguments: object) -> None:
 def headed(tmp_path_factory) -> Path:
     """The shipped policy at 2 steps with a new constructed head behind it."""
     folder = tmp_path_factory.mktemp("runs") / "third" / "checkpoints" / "last" / "pretrained_model"
-    shipped = load_checkpoint(default_policy())
+    shipped = load_checkpoint(pretrained_policy())
     config = shipped.policy.config
     config.stage, config.head, config.num_solver_steps = "residual", "control_synth", 2
     policy = FlowMatchingPolicy(config)
@@ -46,7 +46,7 @@ def headed(tmp_path_factory) -> Path:
 def fine(tmp_path_factory) -> Path:
     """What the program writes on the shipped policy with a fine reference."""
     out = tmp_path_factory.mktemp("fine") / "new"
-    run("--policy", default_policy(), *SMALL, "--reference-steps", 256, "--steps", 128, 256, "--out", out)
+    run("--policy", pretrained_policy(), *SMALL, "--reference-steps", 256, "--steps", 128, 256, "--out", out)
     return out
 
 
@@ -55,7 +55,7 @@ def two(headed, tmp_path_factory) -> Path:
     """What it writes on two policies."""
     out = tmp_path_factory.mktemp("two")
     arguments = (*SMALL, "--draws", 2, "--reference-steps", 8, "--steps", 2, 1)
-    run("--policy", headed, default_policy(), *arguments, "--out", out)
+    run("--policy", headed, pretrained_policy(), *arguments, "--out", out)
     return out
 
 
@@ -138,9 +138,12 @@ def test_the_order_is_that_of_the_fall():
     ("arguments", "complaint"),
     [
         (("--policy", default_demos()), "is no whole checkpoint, it lacks config.json"),
-        (("--policy", default_policy(), "--root", default_policy()), "no LeRobotDataset: "),
-        (("--policy", default_policy(), "--samples", 0), "samples must be at least 1, got 0"),
-        (("--policy", default_policy(), "--label", "a", "b"), "--label needs 1 different names that folders can have"),
+        (("--policy", pretrained_policy(), "--root", pretrained_policy()), "no LeRobotDataset: "),
+        (("--policy", pretrained_policy(), "--samples", 0), "samples must be at least 1, got 0"),
+        (
+            ("--policy", pretrained_policy(), "--label", "a", "b"),
+            "--label needs 1 different names that folders can have",
+        ),
     ],
 )
 def test_refuses_by_name(arguments, complaint, tmp_path):
@@ -158,5 +161,5 @@ def test_refuses_by_name(arguments, complaint, tmp_path):
 )
 def test_refuses_wrong_arguments(arguments, complaint, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        run("--policy", default_policy(), *arguments, "--out", tmp_path)
+        run("--policy", pretrained_policy(), *arguments, "--out", tmp_path)
     assert complaint in capsys.readouterr().err

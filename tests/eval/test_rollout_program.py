@@ -24,7 +24,9 @@ def test_evaluates_the_shipped_policy_and_writes_it_down(rollout, tmp_path, caps
     rollout("--episodes", 3, "--repeats", 2, "--nfe", 1, "--out", out, "--videos", 1)
     printed = capsys.readouterr()
     noise = "from noise of 0.75"
-    assert f"with euler at NFE 1 {noise}; the checkpoint's own is euler at NFE 16 {noise}\n" in printed.out
+    assert (
+        f"with euler at NFE 1 {noise}; the checkpoint was fine-tuned through euler at NFE 16 {noise}\n" in printed.out
+    )
     assert "3 seeds x 2 repeats, NFE 1 per chunk" in printed.out
     assert "6/6" in printed.err and "score=" in printed.err and "success=" in printed.err
     assert {path.name for path in out.iterdir()} == {"run.json", "episodes.jsonl", "summary.json", "videos"}
@@ -89,7 +91,7 @@ def wait_for_rows(path, count: int, process: subprocess.Popen, seconds: float = 
             ["--env", "kitchen", "--option", "actions=velocity"],
             r"the policy's actions are \['joint1', .*, those of this fm_kitchen \['joint1_velocity', ",
         ),
-        (["--env", "handover"], "no policy ships for the task 'handover', only for kitchen, lift, pusht, transport"),
+        (["--env", "handover"], "no policy ships for the task 'handover', only for pusht, kitchen, lift, transport"),
         (["--episodes", "0"], "episodes must be at least 1, got 0"),
         (["--repeats", "0"], "repeats must be at least 1, got 0"),
         (["--n-action-steps", "99"], "n_action_steps must be from 1 to .* got 99"),

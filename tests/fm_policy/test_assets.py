@@ -5,7 +5,7 @@ import pytest
 from lerobot.datasets import LeRobotDataset
 
 from env_configs import make_env_config
-from fm_policy.assets import FOLDER, default_demos, default_policy, one_call_policy
+from fm_policy.assets import FOLDER, default_demos, default_policy, one_call_policy, pretrained_policy
 from fm_policy.evaluation.checkpoint import load_checkpoint
 from fm_policy.evaluation.rollouts import evaluate
 
@@ -24,7 +24,8 @@ def test_every_shipped_demonstration_ends_in_its_only_success():
 SHIPPED = {
     # Folder: task, stage, network calls, episodes, their least mean score; an untrained one has below .3 in Push-T
     # and hardly anything elsewhere.
-    default_policy(): ("pusht_b", "pretrain", 16, 12, 0.93),
+    default_policy(): ("pusht_b", "finetune", 16, 12, 0.93),
+    pretrained_policy(): ("pusht_b", "pretrain", 16, 12, 0.93),
     one_call_policy(): ("pusht_b", "finetune", 1, 12, 0.93),
     FOLDER / "pusht_two_calls": ("pusht_b", "finetune", 2, 12, 0.93),
     FOLDER / "pusht_certified": ("pusht_b", "residual", 2, 12, 0.93),
@@ -56,6 +57,6 @@ def test_every_shipped_policy_is_tried_and_has_a_card():
 def test_both_forms_of_push_t_have_one_policy_and_a_task_without_is_named():
     assert default_policy("pusht_a") == default_policy("pusht_b") == default_policy()
     with pytest.raises(
-        ValueError, match="no policy ships for the task 'handover', only for kitchen, lift, pusht, trans"
+        ValueError, match="no policy ships for the task 'handover', only for pusht, kitchen, lift, trans"
     ):
         default_policy("handover")

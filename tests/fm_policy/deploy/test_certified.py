@@ -11,7 +11,7 @@ import pytest
 import torch
 from lerobot.configs import PreTrainedConfig
 
-from fm_policy.assets import default_policy
+from fm_policy.assets import pretrained_policy
 from fm_policy.deploy.runner import describe
 from fm_policy.deploy.settings import settings_of
 from fm_policy.evaluation.checkpoint import load_checkpoint
@@ -24,14 +24,14 @@ from fm_policy.residual.record import to_json
 def save(folder: Path, **changes) -> None:
     """The shipped policy with a constructed head of random weights, and the certificate of that."""
     torch.manual_seed(0)
-    config = PreTrainedConfig.from_pretrained(default_policy())
+    config = PreTrainedConfig.from_pretrained(pretrained_policy())
     residual = {"stage": "residual", "head": "control_synth", "head_width": 8, "num_solver_steps": 1} | changes
     config = dataclasses.replace(config, device="cpu", window_store=False, **residual)
-    policy = FlowMatchingPolicy.from_pretrained(default_policy(), config=config, dataset_meta=SimpleNamespace())
+    policy = FlowMatchingPolicy.from_pretrained(pretrained_policy(), config=config, dataset_meta=SimpleNamespace())
     for parameter in policy.net.head.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     policy.save_pretrained(folder)
-    for file in default_policy().glob("policy_*"):
+    for file in pretrained_policy().glob("policy_*"):
         shutil.copy(file, folder)
     weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     record = certify(policy.net.head.system(), config.head_span / config.head_steps, weights, Search("identity"))
@@ -73,7 +73,7 @@ def test_the_folder_tells_what_is_certified(certified):
 
 
 def test_without_a_certificate_nothing_is_promised():
-    settings = settings_of(load_checkpoint(default_policy()))
+    settings = settings_of(load_checkpoint(pretrained_policy()))
     assert settings["certificate"] is None
     assert "certificate" not in describe(settings)
 
@@ -87,8 +87,8 @@ def test_what_is_not_certified_is_said(tmp_path):
 
 def test_a_certificate_of_other_weights_is_refused(certified, tmp_path):
     folder = Path(shutil.copytree(certified, tmp_path / "copy"))
-    shutil.copy(default_policy() / "model.safetensors", folder)
-    shutil.copy(default_policy() / "config.json", folder)
+    shutil.copy(pretrained_policy() / "model.safetensors", folder)
+    shutil.copy(pretrained_policy() / "config.json", folder)
     with pytest.raises(ValueError, match="certifies other weights than those beside it"):
         settings_of(load_checkpoint(folder))
 
