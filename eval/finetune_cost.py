@@ -27,7 +27,7 @@ def parse() -> argparse.Namespace:
 
 
 def make_step(batch_size: int, **changes: object) -> "Callable[[], float]":
-    """A training step of the shipped policy's shape; returns its seconds."""
+    """A training step of the shipped pre-trained policy's shape; returns its seconds."""
     import torch
     from lerobot.configs import PreTrainedConfig
 

@@ -91,7 +91,7 @@ def memory() -> list[int]:
 
 
 def recipe() -> Any:
-    """The recipe's configuration, as the shipped policy has it."""
+    """The recipe's configuration, as the shipped pre-trained policy has it."""
     from lerobot.configs import PreTrainedConfig
 
     from fm_policy.assets import pretrained_policy

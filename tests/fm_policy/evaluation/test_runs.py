@@ -137,7 +137,9 @@ def test_scaled_noise_is_told_and_not_mixed_with_other(checkpoint, short_pusht, 
 def test_a_finished_evaluation_stays_as_it_was_measured(finished, checkpoint, short_pusht):
     """Nothing is run, so that there is nothing to measure anew."""
     folder, summary = finished
+    others = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "summary.json"}
     again = evaluate_into(folder, checkpoint, short_pusht, RUN, resume=True)
+    assert others and {path: path.read_bytes() for path in others} == others
     assert again == json.loads(json.dumps(summary)) | {"episodes_run_now": 0} and again["ms_per_chunk"]
     assert json.loads((folder / "summary.json").read_text()) == again
 
