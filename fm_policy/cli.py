@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int | str | None:
     Returns:
         The exit status: what the program returned, or 2 where the words were refused.
     """
+    give_way()  # first of all: to find out what the words stand for may load torch
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] in (["-h"], ["--help"]) and "lerobot" not in programs():
         print(f"{__doc__}\nPrograms: {', '.join(_names(programs()))}")
@@ -55,7 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int | str | None:
 
 def run(command: Sequence[str]) -> int | str | None:
     """Run one of LeRobot's programs in this process; `command` is its name and arguments."""
-    give_way()
     before, sys.argv = sys.argv, list(command)
     try:
         return programs()[command[0]].load()()

@@ -370,6 +370,38 @@ def test_threads_give_way_to_other_work_unless_the_environment_says_otherwise(mo
     assert seen == [expected]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["lerobot", "train", "policy=fm_ft", "env=pusht", "--help"],
+        ["eval/rollout.py", "--policy", "nowhere"],
+        ["eval/table.py", "--method", "FM=nowhere", "--out", "out"],
+    ],
+)
+def test_threads_are_told_how_to_wait_before_torch_is_loaded(tmp_path, words):
+    """Later it has no effect."""
+    source = Path(__file__).resolve().parents[2]
+    start = "from fm_policy import cli; cli.main()"
+    if words[0] != "lerobot":
+        start = f"import runpy; runpy.run_path({str(source / words[0])!r}, run_name='__main__')"
+    script = f"""
+import os, sys
+
+class Watch:
+    def find_spec(name, *_):
+        if name == "torch":
+            print("torch is loaded at", os.environ.get("GOMP_SPINCOUNT"))
+
+sys.meta_path.insert(0, Watch)
+sys.argv = {words!r}
+{start}
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "FM_DATA")}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.count("torch is loaded at 1000\n") == done.stdout.count("torch is loaded at") == 1
+
+
 def test_steps_aside_for_a_lerobot_program_of_lerobot(monkeypatch):
     theirs = EntryPoint("lerobot", "lerobot.cli:main", "console_scripts")
     known = cli.programs() | {"lerobot": theirs}
