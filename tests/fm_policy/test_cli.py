@@ -373,7 +373,7 @@ def test_threads_give_way_to_other_work_unless_the_environment_says_otherwise(mo
 @pytest.mark.parametrize(
     "words",
     [
-        ["lerobot", "train", "policy=fm_ft", "env=pusht", "--help"],
+        ["lerobot", *SUGAR, "--nonsense=1"],
         ["eval/rollout.py", "--policy", "nowhere"],
         ["eval/table.py", "--method", "FM=nowhere", "--out", "out"],
     ],
