@@ -44,6 +44,8 @@ def export(checkpoint: Path, folder: Path, device: str = "cpu", half: bool = Fal
     Raises:
         ValueError: If `folder` is not free, `checkpoint` cannot be read, or a weight is too large for float16.
     """
+    from fm_policy import model_card
+    from fm_policy.configuration_fm_ft import FlowMatchingConfig
     from fm_policy.evaluation.checkpoint import load_any_checkpoint
     from fm_policy.files import check_free, new_folder
 
@@ -54,6 +56,10 @@ def export(checkpoint: Path, folder: Path, device: str = "cpu", half: bool = Fal
     weights = {name: halved(name, value) if half else value for name, value in policy.state_dict().items()}
     with new_folder(folder) as draft:
         policy.save_pretrained(draft, state_dict=weights)
+        if isinstance(policy.config, FlowMatchingConfig):
+            average = "these are the averaged weights" if loaded.policy.config.use_ema else "no"
+            stored = average + ", stored as float16" * half
+            model_card.write(policy.config, draft, model_card.about(checkpoint), stored)
         for processor in (loaded.preprocessor, loaded.postprocessor):
             processor.save_pretrained(draft)
 

@@ -1,5 +1,6 @@
 """The model card that lies beside every checkpoint."""
 
+import re
 from pathlib import Path
 
 from fm_policy.configuration_fm_ft import FlowMatchingConfig
@@ -13,7 +14,7 @@ tags: [lerobot, robotics, flow-matching, fm_ft]
 
 # Flow-matching policy (`fm_ft`, stage `{stage}`)
 
-{data}
+{about}
 
 | | |
 |---|---|
@@ -22,7 +23,7 @@ tags: [lerobot, robotics, flow-matching, fm_ft]
 | velocity net | {velocity_net} |
 | solver | {solver}, {calls} per chunk{noise} |
 {head}| coupling | {coupling} |
-| moving average of weights | {use_ema} |
+| moving average of weights | {average} |
 
 ```python
 import lerobot_policy_fm_ft  # registers the type
@@ -39,19 +40,36 @@ Made with `lerobot_policy_fm_ft` for LeRobot. No evaluation is implied by this c
 """
 
 
-def write(config: FlowMatchingConfig, folder: Path) -> None:
-    """Write `README.md` of a checkpoint into its folder."""
-    (folder / "README.md").write_text(render(config))
+def write(config: FlowMatchingConfig, folder: Path, about: str | None = None, average: str | None = None) -> None:
+    """Write `README.md` of a checkpoint into its folder; see `render`."""
+    (folder / "README.md").write_text(render(config, about, average))
 
 
-def render(config: FlowMatchingConfig) -> str:
-    """The card's text."""
+def about(folder: Path) -> str:
+    """What the card in a checkpoint's folder says in words, above its table; nothing where there is no such card."""
+    card = folder / "README.md"
+    said = re.search(r"^# Flow-matching policy[^\n]*\n(.*?)^\| \| \|$", _text(card), re.DOTALL | re.MULTILINE)
+    return said[1].strip() if said else ""
+
+
+def _text(card: Path) -> str:
+    return card.read_text() if card.is_file() else ""
+
+
+def render(config: FlowMatchingConfig, about: str | None = None, average: str | None = None) -> str:
+    """The card's text.
+
+    Args:
+        config: The policy's.
+        about: What is said above the table; if it is not given, which data LeRobot's trainer trains on.
+        average: What is said of the weights' moving average; if it is not given, whether there is one.
+    """
     meta = getattr(config, "_runtime_dataset_meta", None)
     data = f"Trained on `{meta.repo_id}`: {meta.total_episodes} episodes, {meta.total_frames} frames." if meta else ""
     return TEMPLATE.format(
         license=config.license or "apache-2.0",
         stage=config.stage,
-        data=data,
+        about=data if about is None else about,
         observes=_features(config.input_features),
         predicts=_features(config.output_features),
         n_obs_steps=config.n_obs_steps,
@@ -63,7 +81,7 @@ def render(config: FlowMatchingConfig) -> str:
         noise="" if config.noise_scale == 1 else f", noise scaled by {config.noise_scale:g}",
         head=_head_row(config),
         coupling=config.coupling,
-        use_ema="yes" if config.use_ema else "no",
+        average=average or ("yes" if config.use_ema else "no"),
     )
 
 

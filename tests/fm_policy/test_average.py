@@ -1,6 +1,7 @@
 """The average of a checkpoint as a checkpoint of its own, by the program that users call."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,6 +56,23 @@ def test_the_average_acts_as_before_and_is_trained_on_from_there(checkpoint, tin
     assert all(torch.equal(written[name], averaged[f"ema_{name}"]) for name in names)
     assert int(getattr(policy, "ema_updates", 0)) == 0
     assert json.loads((tmp_path / "average" / "config.json").read_text())["pretrained_path"] is None
+
+
+def test_its_card_says_what_its_weights_are_and_what_they_learned_from(tiny, tmp_path):
+    policy = tiny.policy(use_ema=True)
+    policy.config._runtime_dataset_meta = SimpleNamespace(repo_id="local/t", total_episodes=3, total_frames=90)
+    for part in (policy, *make_fm_ft_pre_post_processors(policy.config)):
+        part.save_pretrained(tmp_path / "checkpoint")
+    main([str(tmp_path / "checkpoint"), "--out", str(tmp_path / "once"), "--half"])
+    main([str(tmp_path / "once"), "--out", str(tmp_path / "twice")])
+    of_checkpoint, once, twice = (
+        (tmp_path / name / "README.md").read_text() for name in ("checkpoint", "once", "twice")
+    )
+    learned = "\n\nTrained on `local/t`: 3 episodes, 90 frames.\n\n| | |\n"
+    assert learned in of_checkpoint
+    rows = {"yes": of_checkpoint, "these are the averaged weights, stored as float16": once, "no": twice}
+    for average, card in rows.items():
+        assert card == of_checkpoint.replace("| yes |", f"| {average} |")
 
 
 def test_half_the_bytes_hold_nearly_the_same(checkpoint, tiny, tmp_path):
