@@ -94,7 +94,7 @@ def _select(args: argparse.Namespace) -> None:
     write_json(args.run / "select.json", record)
     print(f"{as_table(rows, best, args.by)}\n\n{why}\n{path}")
     if args.out:
-        export(path, args.out, args.device)
+        export([path], args.out, args.device)
         print(f"{args.out}: the same with its averaged weights alone")
 
 

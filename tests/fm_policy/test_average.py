@@ -1,11 +1,12 @@
 """The average of a checkpoint as a checkpoint of its own, by the program that users call."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fm_policy.average import main
 from fm_policy.baselines.configuration_dp_ema import DiffusionEmaConfig
@@ -73,6 +74,34 @@ def test_its_card_says_what_its_weights_are_and_what_they_learned_from(tiny, tmp
     rows = {"yes": of_checkpoint, "these are the averaged weights, stored as float16": once, "no": twice}
     for average, card in rows.items():
         assert card == of_checkpoint.replace("| yes |", f"| {average} |")
+
+
+def test_of_two_trainings_it_is_the_mean_of_their_averages(checkpoint, tiny, tmp_path):
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    weights = load_file(checkpoint / "model.safetensors")
+    save_file({name: w + 0.5 * w.is_floating_point() for name, w in weights.items()}, other / "model.safetensors")
+    main([str(checkpoint), str(other), "--out", str(tmp_path / "mean")])
+    main([str(checkpoint), "--out", str(tmp_path / "one")])
+    mean, one = (load_file(tmp_path / name / "model.safetensors") for name in ("mean", "one"))
+    for name, weight in one.items():
+        expected = weight + 0.25 if weight.is_floating_point() else weight
+        torch.testing.assert_close(mean[name], expected, msg=name)
+    chunk(tmp_path / "mean", tiny)
+
+
+def test_two_trainings_of_different_policies_have_no_mean(checkpoint, tmp_path):
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"pretrained_path": "elsewhere", "n_action_steps": 3}))
+    (other / "policy_postprocessor.json").write_text("{}")
+    differ = (
+        "other is no second training of .*: they differ in config.json's n_action_steps, policy_postprocessor.json$"
+    )
+    with pytest.raises(SystemExit, match=differ):
+        main([str(checkpoint), str(other), "--out", str(tmp_path / "mean")])
+    with pytest.raises(SystemExit, match="no checkpoint: .*absent has no config.json"):
+        main([str(checkpoint), str(tmp_path / "absent"), "--out", str(tmp_path / "mean")])
+    assert not (tmp_path / "mean").exists()
 
 
 def test_half_the_bytes_hold_nearly_the_same(checkpoint, tiny, tmp_path):

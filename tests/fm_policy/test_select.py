@@ -197,7 +197,7 @@ def test_out_is_whole_or_absent(make_run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(FlowMatchingPolicy, "_save_pretrained", fail)
     with pytest.raises(KeyboardInterrupt):
-        export(run / "checkpoints" / "000100" / "pretrained_model", out)
+        export([run / "checkpoints" / "000100" / "pretrained_model"], out)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
