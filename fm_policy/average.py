@@ -1,7 +1,7 @@
 """The averaged weights of a checkpoint as a checkpoint of its own: `python -m fm_policy.average CHECKPOINT --out DIR`.
 
 What a deployment needs, and what another training goes on from: its schedule and its average start anew there. Of
-several trainings that differ in their draws alone it is the mean of their averages (a model soup, Wortsman et al. 2022):
+several trainings that differ in their draws alone it is their mean (a model soup, Wortsman et al. 2022):
 what they have in common stays, what each one's batches did to it shrinks.
 """
 
