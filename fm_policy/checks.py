@@ -40,7 +40,8 @@ AT_LEAST_ONE = (
     *("transformer_dim", "transformer_layers", "transformer_heads"),
 )
 NOT_NEGATIVE = (
-    *("drop_n_last_frames", "observation_noise", "cfm_weight", "finetune_lr", "optimizer_lr", "head_lr"),
+    *("drop_n_last_frames", "nearest_steps", "observation_noise", "cfm_weight"),
+    *("finetune_lr", "optimizer_lr", "head_lr"),
     *("head_penalty_weight", "head_penalty_margin", "spatial_softmax_num_keypoints"),
 )
 POSITIVE = ("head_rate", "head_span")

@@ -58,6 +58,8 @@ class FlowMatchingConfig(WindowedConfig, PreTrainedConfig):
             by the base) or `reflow` (noise and the chunk that the base makes of it in `reflow_steps`, in place of the
             data). See `fm_policy.flow.coupling`.
         nearest_k: Noises to choose from in the coupling `nearest`.
+        nearest_steps: Solver steps to choose among them by; 0: as many as the robot makes. Fewer take less time, and
+            choose nearly the same.
         reflow_steps: Euler steps of the base in the coupling `reflow`.
         solver: ODE solver of inference: `euler`, `midpoint`, `heun`, `rk4` or `dopri5`. Fine-tuning goes through
             it, so it must have a fixed grid.
@@ -153,6 +155,7 @@ class FlowMatchingConfig(WindowedConfig, PreTrainedConfig):
     stage: str = "pretrain"
     coupling: str = "independent"
     nearest_k: int = 5
+    nearest_steps: int = 0
     reflow_steps: int = 16
     solver: str = "euler"
     num_solver_steps: int = 16

@@ -44,7 +44,7 @@ def pairs(
     """
     x1, is_pad, scale = batch[ACTION], batch.get(f"{ACTION}_is_pad"), config.noise_scale
     if config.coupling == "nearest":
-        solve = partial(net.chunk, config, o=o.detach().repeat(config.nearest_k, 1))
+        solve = partial(net.chunk, config, o=o.detach().repeat(config.nearest_k, 1), steps=config.nearest_steps)
         return nearest(x1, config.nearest_k, solve, is_pad, scale=scale), x1, is_pad
     if config.coupling == "independent":
         return independent(x1, scale=scale), x1, is_pad

@@ -93,7 +93,7 @@ def _noise(plan: Plan, net: FlowMatchingNet, batch: dict[str, Tensor], o: Tensor
     if plan.policy["coupling"] == "independent":
         return independent(batch[ACTION], scale=scale)
     k = plan.policy["nearest_k"]
-    solve = partial(net.chunk, settings(plan.policy), o=o.detach().repeat(k, 1))
+    solve = partial(net.chunk, settings(plan.policy), o=o.detach().repeat(k, 1), steps=plan.policy["nearest_steps"])
     return nearest(batch[ACTION], k, solve, batch[IS_PAD], scale=scale)
 
 

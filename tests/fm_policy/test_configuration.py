@@ -75,6 +75,7 @@ def test_nfe(tiny, solver, steps, nfe):
         ({"variance": "learned", "sigma": (0.1, 8.0, 0.1)}, "every sigma must be between 0.00674 and 7.39"),
         ({"variance": "learned", "sigma": (math.nan, 0.1, 0.1)}, "every sigma must be between .*nan"),
         ({"nearest_k": 0}, "nearest_k must be at least 1, got 0"),
+        ({"nearest_steps": -1}, "nearest_steps must be finite and 0 or more, got -1"),
         ({"cfm_weight": -0.1}, "cfm_weight must be finite and 0 or more, got -0.1"),
         ({"cfm_weight": math.nan}, "cfm_weight must be finite and 0 or more, got nan"),
         ({"finetune_lr": -1.0}, "finetune_lr must be finite and 0 or more, got -1.0"),

@@ -148,6 +148,22 @@ class TestTraining:
         policy.eval().predict_action_chunk(tiny.frame(policy.config))
         assert policy.nfe == calls
 
+    def test_fewer_network_calls_choose_among_the_noises(self, tiny):
+        policy = tiny.finetuning(coupling="nearest", nearest_steps=1)
+        sizes, noises = [], []
+        policy.net.velocity.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[1])))
+        policy.net.velocity.register_forward_pre_hook(lambda _, inputs: noises.append(inputs[1].detach()))
+        batch = tiny.windows(policy.config)
+        policy.forward(batch)
+        assert sizes == [20] + [4] * 4
+        candidates, chosen = noises[0].view(5, 4, 16, 3), noises[1]
+        policy.config.num_solver_steps = 1
+        with torch.no_grad():
+            chunks = torch.stack([policy.reconstruct(batch, noise) for noise in candidates])
+        best = (chunks - batch["action"]).square().mean(dim=(2, 3)).argmin(dim=0)
+        assert len(best.unique()) > 1
+        assert torch.equal(chosen, candidates[best, torch.arange(4)])
+
     def test_gradients_of_the_solver_steps_are_logged_one_step_later(self, tiny):
         policy = tiny.finetuning()
         logged = train(policy, tiny.windows(policy.config), steps=2)

@@ -55,8 +55,8 @@ LEFT_OPEN = {
 # What every stage after the first sets, what one of them sets besides, and what they take from their base: a new field
 # of the configuration belongs into one of these.
 SET_BY_EVERY = {
-    *("stage", "coupling", "nearest_k", "reflow_steps", "variance", "sigma", "cfm_weight"),
-    *("checkpoint_solver", "train_encoder", "observation_noise"),
+    *("stage", "coupling", "nearest_k", "nearest_steps", "reflow_steps", "variance", "sigma"),
+    *("cfm_weight", "checkpoint_solver", "train_encoder", "observation_noise"),
     *("keep_statistics", "finetune_lr", "use_ema", "ema_power", "ema_max_decay"),
     *("window_store", "use_amp", "use_peft", "push_to_hub"),
 }
@@ -200,7 +200,8 @@ def base(tmp_path, monkeypatch) -> str:
         output_features={"action": PolicyFeature(FeatureType.ACTION, (2,))},
         device="cpu",
         **{"horizon": 32, "down_dims": (8, 16), "velocity_net": "transformer", "optimizer_betas": (0.5, 0.6)},
-        **{"solver": "heun", "num_solver_steps": 3, "nearest_k": 2, "variance": "diagonal", "sigma": (0.1, 0.2)},
+        **{"solver": "heun", "num_solver_steps": 3, "nearest_k": 2, "nearest_steps": 2},
+        **{"variance": "diagonal", "sigma": (0.1, 0.2)},
         **{"head_activations": ("prelu",), "head_width": 7, "head_span": 2.0, "head_penalty": "linear", "head_lr": 1.0},
         **{"cfm_weight": 0.5, "keep_statistics": True, "finetune_lr": 1.0, "use_amp": False, "push_to_hub": True},
         **{"use_ema": False, "ema_power": 0.5, "ema_max_decay": 0.5},
