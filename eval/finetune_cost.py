@@ -84,16 +84,20 @@ def main() -> None:
     for steps in args.steps:
         cases[f"S={steps}"] = {"num_solver_steps": steps}
         cases[f"S={steps}, checkpointed"] = {"num_solver_steps": steps, "checkpoint_solver": True}
-    cases["S=2, nearest of 5"] = {"num_solver_steps": 2, "coupling": "nearest", "nearest_k": 5}
+    nearest = {"coupling": "nearest", "nearest_k": 5}
+    cases["S=2, nearest of 5"] = {"num_solver_steps": 2, **nearest}
+    if 16 in args.steps:
+        cases["S=16, nearest of 5"] = {"num_solver_steps": 16, **nearest}
+        cases["S=16, nearest of 5 by 4"] = {"num_solver_steps": 16, **nearest, "nearest_steps": 4}
     rows = {}
     # A process for each measurement, since the peak of a process never falls.
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         unit = pool.apply(peak_memory, (args.batch_size, {}))
-        print(f"one step of flow matching: {unit:.0f} MiB\n{'':22s}{'time':>8s}{'memory':>12s}", flush=True)
+        print(f"one step of flow matching: {unit:.0f} MiB\n{'':24s}{'time':>8s}{'memory':>12s}", flush=True)
         for name, changes in cases.items():
             memory = pool.apply(peak_memory, (args.batch_size, {"stage": "finetune", **changes}))
             rows[name] = {"time": relative_time(args.batch_size, args.pairs, **changes), "memory_mib": memory}
-            print(f"{name:22s}{rows[name]['time']:8.2f}{memory:8.0f} MiB", flush=True)
+            print(f"{name:24s}{rows[name]['time']:8.2f}{memory:8.0f} MiB", flush=True)
     if args.json:
         args.json.write_text(json.dumps({"flow_matching_mib": unit, **rows}, indent=1) + "\n", encoding="utf-8")
 
