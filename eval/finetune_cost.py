@@ -2,10 +2,12 @@
 
 Time in units of one step of flow matching on the same batch, both taken in turn; peak memory of the process above what
 it held before its first step, each in a process of its own. The shipped policy's shape, random windows, one thread.
+With --root, also how well fewer solver steps choose among noises (`nearest_steps`), by the shipped pre-trained policy.
 """
 
 import argparse
 import json
+import logging
 import multiprocessing
 import statistics
 import time
@@ -13,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+
+CHOOSING_STEPS = (8, 4, 2)
 
 
 def parse() -> argparse.Namespace:
@@ -22,6 +26,8 @@ def parse() -> argparse.Namespace:
     add("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="numbers of solver steps")
     add("--batch-size", type=int, default=64, help="windows in a batch")
     add("--pairs", type=int, default=5, help="times that each is taken")
+    add("--root", type=Path, help="a data set of Push-T, on whose held-out windows fewer steps choose among noises")
+    add("--samples", type=int, default=64, help="windows of it, evenly spaced")
     add("--json", type=Path, help="file for the numbers")
     return parser.parse_args()
 
@@ -63,6 +69,63 @@ def relative_time(batch_size: int, pairs: int, **changes: object) -> float:
     return statistics.median(tuned() / plain() for _ in range(pairs))
 
 
+def check_root(root: Path) -> None:
+    """Refuse now what would otherwise fail after minutes of measuring."""
+    from fm_policy.evaluation.held_out_windows import check_dataset
+
+    try:
+        check_dataset(root)
+    except ValueError as error:
+        raise SystemExit(f"finetune_cost: {error}") from error
+
+
+def choice(root: Path, steps: "Sequence[int]", samples: int, noises: int = 5) -> dict[int, dict[str, float]]:
+    """How well the shipped pre-trained policy chooses by so many solver steps the noise whose chunk comes nearest.
+
+    Args:
+        root: The data set.
+        steps: Numbers of solver steps to choose by.
+        samples: Windows.
+        noises: Noises of each window to choose from, the same for every number of steps.
+
+    Returns:
+        For each number of steps: in which share of the windows it is the noise that the policy's own steps choose
+        (`same`), and the mean error, by the policy's own steps, of the noise that it chooses (`chosen`) and of any
+        (`random`), each over that of the nearest.
+    """
+    import torch
+
+    from fm_policy.assets import pretrained_policy
+    from fm_policy.evaluation.checkpoint import load_checkpoint
+    from fm_policy.evaluation.held_out_windows import HeldOutWindows
+    from fm_policy.flow.losses import masked_mse
+
+    # Nothing here needs torchcodec; LeRobot tells over a page when that finds no FFmpeg.
+    logging.getLogger("lerobot.utils.import_utils").setLevel(logging.ERROR)
+    checkpoint = load_checkpoint(pretrained_policy())
+    policy, own = checkpoint.policy, checkpoint.policy.config.num_solver_steps
+    windows = HeldOutWindows.of_dataset(root, policy.config, samples, noises, seed=0, batch_size=samples)
+    batch = checkpoint.preprocessor(next(windows.batches()))
+
+    def errors(solver_steps: int) -> torch.Tensor:
+        policy.config.num_solver_steps = solver_steps
+        with torch.no_grad():
+            chunks = [policy.reconstruct(batch, noise) for noise in windows.noise]
+        return torch.stack([masked_mse(x1, batch["action"], batch["action_is_pad"], "none") for x1 in chunks])
+
+    exact = errors(own)
+    nearest, rows = exact.argmin(dim=0), torch.arange(exact.shape[1])
+    least, found = exact[nearest, rows].mean(), {}
+    for count in steps:
+        best = errors(count).argmin(dim=0)
+        found[count] = {
+            "same": (best == nearest).double().mean().item(),
+            "chosen": (exact[best, rows].mean() / least).item(),
+            "random": (exact.mean() / least).item(),
+        }
+    return found
+
+
 def peak_memory(batch_size: int, changes: dict[str, object]) -> float:
     """MiB that two steps need at their peak above what the process held before them (Linux)."""
     step = make_step(batch_size, **changes)
@@ -80,6 +143,8 @@ def _status(name: str) -> int:
 
 def main() -> None:
     args = parse()
+    if args.root:
+        check_root(args.root)
     cases: dict[str, dict[str, object]] = {}
     for steps in args.steps:
         cases[f"S={steps}"] = {"num_solver_steps": steps}
@@ -89,7 +154,7 @@ def main() -> None:
     if 16 in args.steps:
         cases["S=16, nearest of 5"] = {"num_solver_steps": 16, **nearest}
         cases["S=16, nearest of 5 by 4"] = {"num_solver_steps": 16, **nearest, "nearest_steps": 4}
-    rows = {}
+    rows: dict[str, dict] = {}
     # A process for each measurement, since the peak of a process never falls.
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         unit = pool.apply(peak_memory, (args.batch_size, {}))
@@ -98,6 +163,10 @@ def main() -> None:
             memory = pool.apply(peak_memory, (args.batch_size, {"stage": "finetune", **changes}))
             rows[name] = {"time": relative_time(args.batch_size, args.pairs, **changes), "memory_mib": memory}
             print(f"{name:24s}{rows[name]['time']:8.2f}{memory:8.0f} MiB", flush=True)
+    if args.root:
+        rows["choice"] = choice(args.root, CHOOSING_STEPS, args.samples)
+        for steps, found in rows["choice"].items():
+            print(f"the nearest of 5 noises by {steps} steps: {', '.join(f'{k} {v:.3f}' for k, v in found.items())}")
     if args.json:
         args.json.write_text(json.dumps({"flow_matching_mib": unit, **rows}, indent=1) + "\n", encoding="utf-8")
 

@@ -1,21 +1,20 @@
 """The averaged weights of a checkpoint as a checkpoint of its own: `python -m fm_policy.average CHECKPOINT --out DIR`.
 
 What a deployment needs, and what another training goes on from: its schedule and its average start anew there. Of
-several trainings that differ in their draws alone it is their mean (a model soup, Wortsman et al. 2022):
+several fine-tunings of one base that differ in their draws alone it is their mean (a model soup, Wortsman et al. 2022):
 what they have in common stays, what each one's batches did to it shrinks.
 """
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Which base a training had is told by where it lay, which differs from one machine to the next.
-NO_SETTING = "pretrained_path"
+    from fm_policy.evaluation.checkpoint import Checkpoint
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -26,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    checkpoints = "folder of the policy, as RUN/checkpoints/last/...; of several, their mean"
+    checkpoints = "folder of the policy, as RUN/checkpoints/last/...; of several fine-tunings of one base, their mean"
     add("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help=checkpoints)
     add("--out", type=Path, required=True, help="folder to write; absent or empty")
     add("--half", action="store_true", help="store the weights as float16; they are still computed with as float32")
@@ -44,14 +43,15 @@ def export(checkpoints: Sequence[Path], folder: Path, device: str = "cpu", half:
     """Write a checkpoint's policy with its averaged weights alone, and its processors, whole or not at all.
 
     Args:
-        checkpoints: Folders of the policy, `fm_ft` or `dp_ema`; of several, the mean of their averages is written.
+        checkpoints: Folders of the policy, `fm_ft` or `dp_ema`; of several fine-tunings of one base, the mean of their
+            averages is written.
         folder: Where to; absent or empty.
         device: Where the written policy runs unless told otherwise.
         half: Store the weights in half precision.
 
     Raises:
-        ValueError: If `folder` is not free, a checkpoint cannot be read, two of them differ in more than their weights,
-            or a weight is too large for float16.
+        ValueError: If `folder` is not free, a checkpoint cannot be read, a weight is too large for float16, or as
+            `check_alike`.
     """
     from fm_policy import model_card
     from fm_policy.configuration_fm_ft import FlowMatchingConfig
@@ -59,46 +59,60 @@ def export(checkpoints: Sequence[Path], folder: Path, device: str = "cpu", half:
     from fm_policy.files import check_free, new_folder
 
     check_free(folder)
-    for other in checkpoints[1:]:
-        check_alike(checkpoints[0], other)
-    loaded = load_any_checkpoint(checkpoints[0], device)
-    policy = loaded.policy.ema_only()
+    first, *others = loaded = [load_any_checkpoint(path, device) for path in checkpoints]
+    for one, other in combinations(loaded, 2):
+        check_alike(one, other)
+    policy = first.policy.ema_only()
     policy.config.pretrained_path = None  # where its base lay on this machine
-    others = [load_any_checkpoint(path, device).policy.ema_only().state_dict() for path in checkpoints[1:]]
-    weights = mean([policy.state_dict(), *others])
+    weights = mean([policy.state_dict(), *(other.policy.ema_only().state_dict() for other in others)])
     if half:
         weights = {name: halved(name, value) for name, value in weights.items()}
     with new_folder(folder) as draft:
         policy.save_pretrained(draft, state_dict=weights)
         if isinstance(policy.config, FlowMatchingConfig):
-            average = "these are the averaged weights" if loaded.policy.config.use_ema else "no"
+            average = "these are the averaged weights" if first.policy.config.use_ema else "no"
             average += f", in the mean of {len(checkpoints)} trainings" * bool(others) + ", stored as float16" * half
-            model_card.write(policy.config, draft, model_card.about(checkpoints[0]), average)
-        for processor in (loaded.preprocessor, loaded.postprocessor):
+            model_card.write(policy.config, draft, model_card.words_of(checkpoints[0]), average)
+        for processor in (first.preprocessor, first.postprocessor):
             processor.save_pretrained(draft)
 
 
-def check_alike(first: Path, other: Path) -> None:
-    """Check that two checkpoints differ in nothing but their weights.
+def check_alike(first: "Checkpoint", other: "Checkpoint") -> None:
+    """Check that two checkpoints are fine-tunings of one base that differ in nothing but their weights.
+
+    Of trainings from different weights the mean is no policy, though it has a policy's shape.
 
     Raises:
-        ValueError: If one of them is no checkpoint, or naming the settings and files in which they differ.
+        ValueError: If they are one and the same, naming the settings and files in which they differ, or if they do not
+            hold one base.
     """
+    if first.fingerprint == other.fingerprint:
+        raise ValueError(f"{first.path} and {other.path} are one checkpoint, which is its own mean")
     here, there = settings(first), settings(other)
     differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
     if differing:
-        raise ValueError(f"{other} is no second training of {first}: they differ in {', '.join(differing)}")
+        raise ValueError(f"{other.path} is no second training of {first.path}: they differ in {', '.join(differing)}")
+    base, its_base = base_of(first.path), base_of(other.path)
+    if not base or base.keys() != its_base.keys() or not all(w.equal(its_base[name]) for name, w in base.items()):
+        raise ValueError(
+            f"{first.path} and {other.path} do not hold one base that both were fine-tuned from, as the checkpoints of "
+            "such runs do: the mean of other trainings is no policy"
+        )
 
 
-def settings(folder: Path) -> dict[str, Any]:
-    """What a checkpoint is, besides its weights: the fields of its config.json, and its processors' files."""
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(f"no checkpoint: {folder} has no config.json")
-    fields = {
-        f"config.json's {name}": value for name, value in json.loads(file.read_text()).items() if name != NO_SETTING
-    }
-    return fields | {path.name: path.read_bytes() for path in folder.glob("policy_*processor*") if path.is_file()}
+def settings(checkpoint: "Checkpoint") -> dict[str, Any]:
+    """What a checkpoint is besides its weights: its configuration, but for where its base lay, and its processors."""
+    config = {f"config.json's {name}": value for name, value in vars(checkpoint.policy.config).items()}
+    del config["config.json's pretrained_path"]
+    return config | {path.name: path.read_bytes() for path in checkpoint.path.glob("policy_*processor*")}
+
+
+def base_of(folder: Path) -> dict[str, "Tensor"]:
+    """The weights that a fine-tuning started from, which its run's checkpoints keep; of others nothing."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys() if name.startswith("base_net.")}  # noqa: SIM118
 
 
 def mean(weights: Sequence[Mapping[str, "Tensor"]]) -> dict[str, "Tensor"]:

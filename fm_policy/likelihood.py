@@ -1,5 +1,6 @@
 """The stages after pre-training: maximum likelihood of the chunks that the robot's own map makes, eq. (6)."""
 
+import copy
 import math
 from functools import partial
 
@@ -44,7 +45,9 @@ def pairs(
     """
     x1, is_pad, scale = batch[ACTION], batch.get(f"{ACTION}_is_pad"), config.noise_scale
     if config.coupling == "nearest":
-        solve = partial(net.chunk, config, o=o.detach().repeat(config.nearest_k, 1), steps=config.nearest_steps)
+        coarse = copy.copy(config)
+        coarse.num_solver_steps = config.nearest_steps or config.num_solver_steps
+        solve = partial(net.chunk, coarse, o=o.detach().repeat(config.nearest_k, 1))
         return nearest(x1, config.nearest_k, solve, is_pad, scale=scale), x1, is_pad
     if config.coupling == "independent":
         return independent(x1, scale=scale), x1, is_pad

@@ -45,15 +45,12 @@ def write(config: FlowMatchingConfig, folder: Path, about: str | None = None, av
     (folder / "README.md").write_text(render(config, about, average))
 
 
-def about(folder: Path) -> str:
-    """What the card in a checkpoint's folder says in words, above its table; nothing where there is no such card."""
+def words_of(folder: Path) -> str:
+    """What the card in a checkpoint's folder says above its table; nothing where there is no such card."""
     card = folder / "README.md"
-    said = re.search(r"^# Flow-matching policy[^\n]*\n(.*?)^\| \| \|$", _text(card), re.DOTALL | re.MULTILINE)
+    text = card.read_text() if card.is_file() else ""
+    said = re.search(r"^# Flow-matching policy[^\n]*\n(.*?)^\| \| \|$", text, re.DOTALL | re.MULTILINE)
     return said[1].strip() if said else ""
-
-
-def _text(card: Path) -> str:
-    return card.read_text() if card.is_file() else ""
 
 
 def render(config: FlowMatchingConfig, about: str | None = None, average: str | None = None) -> str:

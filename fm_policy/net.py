@@ -39,13 +39,7 @@ class FlowMatchingNet(nn.Module):
         self.head = _make_head(config, self.encoder.output_dim)
 
     def chunk(
-        self,
-        config: "FlowMatchingConfig",
-        x0: Tensor,
-        o: Tensor,
-        v: Velocity | None = None,
-        start: float = 0.0,
-        steps: int | None = None,
+        self, config: "FlowMatchingConfig", x0: Tensor, o: Tensor, v: Velocity | None = None, start: float = 0.0
     ) -> Tensor:
         """The map of the robot: from noise on the configured grid to t = 1, and through the head to 1 + T_r.
 
@@ -55,28 +49,21 @@ class FlowMatchingNet(nn.Module):
             o: Observation features, `(B, obs_dim)`.
             v: The velocity for o, if somebody listens to it or changes it.
             start: Time of x0, if it is no longer noise: the grid's steps that begin before it are left out.
-            steps: Another number of solver steps from 0 to 1 than the configured one.
 
         Returns:
             Normalised chunks, `(B, horizon, action_dim)`.
         """
-        return self.refined(config, self.flow(config, x0, o, v, start, steps), o)
+        return self.refined(config, self.flow(config, x0, o, v, start), o)
 
     def flow(
-        self,
-        config: "FlowMatchingConfig",
-        x0: Tensor,
-        o: Tensor,
-        v: Velocity | None = None,
-        start: float = 0.0,
-        steps: int | None = None,
+        self, config: "FlowMatchingConfig", x0: Tensor, o: Tensor, v: Velocity | None = None, start: float = 0.0
     ) -> Tensor:
         """The first part of `chunk`: from noise to x(1)."""
         checkpoint = config.checkpoint_solver and self.training
         with nullcontext() if config.trains_flow else torch.no_grad():
-            v = self.bind(config, o, steps) if v is None else v
-            left = max(1, round((1 - start) * (steps or config.num_solver_steps)))
-            return integrate(v, x0, config.solver, left, start=start, checkpoint=checkpoint)
+            v = self.bind(config, o) if v is None else v
+            steps = max(1, round((1 - start) * config.num_solver_steps))
+            return integrate(v, x0, config.solver, steps, start=start, checkpoint=checkpoint)
 
     def refined(self, config: "FlowMatchingConfig", x1: Tensor, o: Tensor) -> Tensor:
         """The second part of `chunk`: from x(1) to x(1 + T_r); x(1) itself where there is no head."""
@@ -86,9 +73,9 @@ class FlowMatchingNet(nn.Module):
         head = self.head.bind(o, call_times("euler", steps, 1.0, end))
         return integrate(head, x1, "euler", steps, start=1.0, end=end)
 
-    def bind(self, config: "FlowMatchingConfig", o: Tensor, steps: int | None = None) -> Velocity:
-        """The velocity of these features, `(B, obs_dim)`, to be asked on the configured grid, or on one of `steps`."""
-        return self.velocity.bind(o, call_times(config.solver, steps or config.num_solver_steps))
+    def bind(self, config: "FlowMatchingConfig", o: Tensor) -> Velocity:
+        """The velocity of these observation features, `(B, obs_dim)`, to be asked on the configured grid."""
+        return self.velocity.bind(o, call_times(config.solver, config.num_solver_steps))
 
 
 def _make_velocity_net(config: "FlowMatchingConfig", obs_dim: int) -> VelocityNet:

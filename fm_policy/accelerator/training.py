@@ -92,8 +92,9 @@ def _noise(plan: Plan, net: FlowMatchingNet, batch: dict[str, Tensor], o: Tensor
     scale = plan.policy["noise_scale"]
     if plan.policy["coupling"] == "independent":
         return independent(batch[ACTION], scale=scale)
-    k = plan.policy["nearest_k"]
-    solve = partial(net.chunk, settings(plan.policy), o=o.detach().repeat(k, 1), steps=plan.policy["nearest_steps"])
+    k, steps = plan.policy["nearest_k"], plan.policy["nearest_steps"] or plan.policy["num_solver_steps"]
+    coarse = settings(plan.policy | {"num_solver_steps": steps})
+    solve = partial(net.chunk, coarse, o=o.detach().repeat(k, 1))
     return nearest(batch[ACTION], k, solve, batch[IS_PAD], scale=scale)
 
 

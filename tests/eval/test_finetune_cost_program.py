@@ -9,6 +9,9 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
+from fm_policy.assets import default_demos
 from fm_policy.modeling_fm_ft import FlowMatchingPolicy
 
 PROGRAM = str(Path(__file__).resolve().parents[2] / "eval" / "finetune_cost.py")
@@ -40,6 +43,20 @@ def test_a_step_calls_the_velocity_once_per_solver_step_and_noise(monkeypatch):
         calls[name] = len(counted)
     # Checkpointing calls it again on the way back; `nearest` carries all noises of a batch at once, to choose.
     assert calls == {"plain": 1, "S=1": 1, "S=2": 2, "S=2, checkpointed": 4, "S=2, nearest of 3": 4}
+
+
+def test_a_quarter_of_the_steps_chooses_nearly_the_nearest_of_five_noises():
+    choice = runpy.run_path(PROGRAM)["choice"](default_demos(), (16, 4), samples=64)
+    assert choice[16] == {"same": 1, "chosen": 1, "random": choice[4]["random"]}
+    assert choice[4]["random"] > 1.5  # it matters which noise is taken
+    assert choice[4]["chosen"] - 1 < 0.1 * (choice[4]["random"] - 1)
+
+
+def test_a_root_that_is_no_data_set_is_refused_at_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", [PROGRAM, "--root", str(tmp_path)])
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: pytest.fail("it began to measure"))
+    with pytest.raises(SystemExit, match="finetune_cost: no LeRobotDataset: .* holds no meta/info.json"):
+        runpy.run_path(PROGRAM, run_name="__main__")
 
 
 def test_memory_is_that_of_the_step_alone():

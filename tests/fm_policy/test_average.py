@@ -76,32 +76,61 @@ def test_its_card_says_what_its_weights_are_and_what_they_learned_from(tiny, tmp
         assert card == of_checkpoint.replace("| yes |", f"| {average} |")
 
 
-def test_of_two_trainings_it_is_the_mean_of_their_averages(checkpoint, tiny, tmp_path):
-    other = shutil.copytree(checkpoint, tmp_path / "other")
-    weights = load_file(checkpoint / "model.safetensors")
-    save_file({name: w + 0.5 * w.is_floating_point() for name, w in weights.items()}, other / "model.safetensors")
-    main([str(checkpoint), str(other), "--out", str(tmp_path / "mean")])
-    main([str(checkpoint), "--out", str(tmp_path / "one")])
+@pytest.fixture
+def tuned(tiny, tmp_path):
+    """A fine-tuned checkpoint with its base, and a second one whose net, averaged or not, lies .5 off."""
+    policy = tiny.finetuning(use_ema=True, coupling="nearest")
+    for part in (policy, *make_fm_ft_pre_post_processors(policy.config)):
+        part.save_pretrained(tmp_path / "tuned")
+    other = shutil.copytree(tmp_path / "tuned", tmp_path / "other")
+    shift(other, ("net.", "ema_net."), 0.5)
+    return tmp_path / "tuned", other
+
+
+def shift(folder, parts, by) -> None:
+    weights = load_file(folder / "model.safetensors")
+    moved = {name: w + by * (w.is_floating_point() and name.startswith(parts)) for name, w in weights.items()}
+    save_file(moved, folder / "model.safetensors")
+
+
+def test_of_two_fine_tunings_it_is_the_mean_of_their_averages(tuned, tiny, tmp_path, capsys):
+    main([*map(str, tuned), "--out", str(tmp_path / "mean")])
+    assert "with their averaged weights alone" in capsys.readouterr().out
+    main([str(tuned[0]), "--out", str(tmp_path / "one")])
     mean, one = (load_file(tmp_path / name / "model.safetensors") for name in ("mean", "one"))
     for name, weight in one.items():
         expected = weight + 0.25 if weight.is_floating_point() else weight
         torch.testing.assert_close(mean[name], expected, msg=name)
     chunk(tmp_path / "mean", tiny)
+    card = (tmp_path / "mean" / "README.md").read_text()
+    assert "| moving average of weights | these are the averaged weights, in the mean of 2 trainings |" in card
 
 
-def test_two_trainings_of_different_policies_have_no_mean(checkpoint, tmp_path):
-    other = shutil.copytree(checkpoint, tmp_path / "other")
+def test_trainings_of_different_policies_have_no_mean(checkpoint, tuned, tmp_path):
+    first, other = tuned
+
+    def refused(*folders) -> str:
+        with pytest.raises(SystemExit) as refusal:
+            main([*map(str, folders), "--out", str(tmp_path / "mean")])
+        assert not (tmp_path / "mean").exists()
+        return str(refusal.value).replace(f"{tmp_path}/", "")
+
+    assert refused(first, tmp_path / "absent").startswith("average: no checkpoint: ")
+    one = "are one checkpoint, which is its own mean"
+    assert refused(first, other, first) == f"average: tuned and tuned {one}"
+    assert refused(checkpoint, shutil.copytree(checkpoint, tmp_path / "copy")) == f"average: checkpoint and copy {one}"
+    from_scratch = "do not hold one base that both were fine-tuned from"
+    shift(tmp_path / "copy", ("net.", "ema_", "diffusion."), 0.5)
+    assert refused(checkpoint, tmp_path / "copy").startswith(f"average: checkpoint and copy {from_scratch}")
+    elsewhere = shutil.copytree(other, tmp_path / "elsewhere")
+    shift(elsewhere, ("base_net.",), 0.5)
+    assert refused(first, elsewhere).startswith(f"average: tuned and elsewhere {from_scratch}")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"pretrained_path": "elsewhere", "n_action_steps": 3}))
-    (other / "policy_postprocessor.json").write_text("{}")
-    differ = (
-        "other is no second training of .*: they differ in config.json's n_action_steps, policy_postprocessor.json$"
-    )
-    with pytest.raises(SystemExit, match=differ):
-        main([str(checkpoint), str(other), "--out", str(tmp_path / "mean")])
-    with pytest.raises(SystemExit, match="no checkpoint: .*absent has no config.json"):
-        main([str(checkpoint), str(tmp_path / "absent"), "--out", str(tmp_path / "mean")])
-    assert not (tmp_path / "mean").exists()
+    processor = other / "policy_postprocessor.json"
+    processor.write_text(processor.read_text() + " ")
+    differing = "config.json's n_action_steps, policy_postprocessor.json"
+    assert refused(first, other) == f"average: other is no second training of tuned: they differ in {differing}"
 
 
 def test_half_the_bytes_hold_nearly_the_same(checkpoint, tiny, tmp_path):

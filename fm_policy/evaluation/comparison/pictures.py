@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # matplotlib is no dependency of the package: only who wants 
     from matplotlib.figure import Figure
 
 PER_LINE = 4
+COLOURS, MARKERS = 10, "os^D"  # as many colours matplotlib has; whoever comes after them gets another marker
 STEM_THIRD = np.array([[0.0, 0.0], [0.0, 40.0]])  # of the block's frame; the stem ends at 120
 
 
@@ -94,7 +95,8 @@ def _errorbar(axes: "Axes", x: Sequence[float], cells: Sequence[Cell], label: st
     ends = np.array([cell.summary["success_interval"] for cell in cells])
     # Wilson's interval holds the share, but for rounding at 0 and 1.
     errors = np.maximum([success - ends[:, 0], ends[:, 1] - success], 0)
-    look: dict[str, Any] = {"marker": "o", "markersize": 4, "capsize": 3, "linewidth": 1.2, "linestyle": linestyle}
+    marker = MARKERS[len(axes.containers) // COLOURS % len(MARKERS)]
+    look: dict[str, Any] = {"marker": marker, "markersize": 4, "capsize": 3, "linewidth": 1.2, "linestyle": linestyle}
     axes.errorbar(x, success, yerr=errors, elinewidth=1.2, label=label, **look)
 
 

@@ -364,6 +364,15 @@ def test_however_many_methods_have_as_many_calls_none_is_drawn_at_anothers(fille
     assert all(abs(np.log2(x / 2)) < 0.25 for x in set(drawn) - {4})
 
 
+def test_no_two_of_many_methods_look_alike(filled, monkeypatch):
+    base = filled[2][0]
+    many = [replace(base, row=replace(base.row, name=str(n), series=str(n))) for n in range(24)]
+    monkeypatch.setattr(pictures, "_address", lambda figure: figure)
+    bars = pictures.success_by_calls(many).axes[0].containers
+    looks = [(bar.lines[0].get_color(), bar.lines[0].get_marker()) for bar in bars]
+    assert len(set(looks)) == len(looks) == 24
+
+
 def test_names_are_shown_as_they_are(filled):
     """Neither a formula in a picture, nor a cell of a Markdown table, nor a tag of a page."""
     layout, cells = filled[1], filled[2]
