@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from fm_policy.assets import default_policy
+from fm_policy.configuration_fm_ft import FlowMatchingConfig
 from fm_policy.evaluation.checkpoint import load_checkpoint
 
 PROGRAM = str(Path(__file__).resolve().parents[2] / "eval" / "realtime.py")
@@ -41,14 +42,18 @@ def test_it_tells_what_a_slow_policy_misses_and_where_chunks_meet(monkeypatch, t
 
 @pytest.mark.parametrize(("solver", "nfe", "steps"), [("euler", 4, 4), ("heun", 4, 2)])
 def test_every_engine_makes_the_asked_network_calls(tmp_path, solver, nfe, steps):
-    """The server reads them from the configuration, as steps."""
+    """The server reads them from the configuration, as steps; a field younger than the policy has its default."""
     policy = Path(shutil.copytree(default_policy(), tmp_path / "policy"))
     config = json.loads((policy / "config.json").read_text())
     (policy / "config.json").write_text(json.dumps(config | {"solver": solver}))
+    whole = FlowMatchingConfig.from_pretrained(policy)
     prepare = runpy.run_path(PROGRAM)["prepared"]
     copy = prepare(SimpleNamespace(policy=policy, nfe=nfe), tmp_path / "copies")
     told = json.loads((copy / "config.json").read_text())
-    assert told == config | {"solver": solver, "num_solver_steps": steps}
+    whole.save_pretrained(policy)
+    saved = json.loads((policy / "config.json").read_text())
+    assert told == saved | {"num_solver_steps": steps}
+    assert {name: told[name] for name in config} == config | {"solver": solver, "num_solver_steps": steps}
     assert load_checkpoint(copy).policy.config.nfe == nfe
 
 
