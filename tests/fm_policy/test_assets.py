@@ -30,9 +30,9 @@ SHIPPED = {
     FOLDER / "pusht_two_calls": ("pusht_b", "finetune", 2, 12, 0.93),
     FOLDER / "pusht_certified": ("pusht_b", "residual", 2, 12, 0.93),
     FOLDER / "pusht_unmirrored": ("pusht_b", "pretrain", 16, 8, 0.85),
-    default_policy("kitchen"): ("kitchen", "pretrain", 4, 4, 0.75),
-    default_policy("lift"): ("lift", "pretrain", 16, 4, 0.75),
-    default_policy("transport"): ("transport", "finetune", 4, 2, 0.4),
+    default_policy("kitchen"): ("kitchen", "pretrain", 4, 2, 0.75),
+    default_policy("lift"): ("lift", "pretrain", 16, 2, 0.75),
+    default_policy("transport"): ("transport", "finetune", 4, 1, 0.4),
 }
 
 
