@@ -28,7 +28,7 @@ from fm_policy.flow.solvers import call_times, integrate
 from fm_policy.net import FlowMatchingNet
 
 WARM_UP = 3
-MATRIX = {"cuda": 8192, "cpu": 512}  # side of the product that stands for the device's rate
+MATRIX = {"cuda": 8192, "cpu": 1024}  # side of the product that stands for the device's rate
 NEEDS_CUDA = "needs CUDA"
 
 Call = Callable[[], object]

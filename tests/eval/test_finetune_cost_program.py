@@ -46,7 +46,7 @@ def test_a_step_calls_the_velocity_once_per_solver_step_and_noise(monkeypatch):
 
 
 def test_a_quarter_of_the_steps_chooses_nearly_the_nearest_of_five_noises():
-    choice = runpy.run_path(PROGRAM)["choice"](default_demos(), (16, 4), samples=32)
+    choice = runpy.run_path(PROGRAM)["choice"](default_demos(), (16, 4), samples=64)
     assert choice[16] == {"same": 1, "chosen": 1, "random": choice[4]["random"]}
     assert choice[4]["random"] > 1.5  # it matters which noise is taken
     assert choice[4]["chosen"] - 1 < 0.1 * (choice[4]["random"] - 1)

@@ -24,15 +24,15 @@ def test_every_shipped_demonstration_ends_in_its_only_success():
 SHIPPED = {
     # Folder: task, stage, network calls, episodes, their least mean score; an untrained one has below .3 in Push-T
     # and hardly anything elsewhere.
-    default_policy(): ("pusht_b", "finetune", 16, 8, 0.93),
-    pretrained_policy(): ("pusht_b", "pretrain", 16, 8, 0.93),
+    default_policy(): ("pusht_b", "finetune", 16, 12, 0.93),
+    pretrained_policy(): ("pusht_b", "pretrain", 16, 12, 0.93),
     one_call_policy(): ("pusht_b", "finetune", 1, 12, 0.93),
     FOLDER / "pusht_two_calls": ("pusht_b", "finetune", 2, 12, 0.93),
     FOLDER / "pusht_certified": ("pusht_b", "residual", 2, 12, 0.93),
-    FOLDER / "pusht_unmirrored": ("pusht_b", "pretrain", 16, 8, 0.85),
-    default_policy("kitchen"): ("kitchen", "pretrain", 4, 2, 0.75),
-    default_policy("lift"): ("lift", "pretrain", 16, 2, 0.75),
-    default_policy("transport"): ("transport", "finetune", 4, 1, 0.4),
+    FOLDER / "pusht_unmirrored": ("pusht_b", "pretrain", 16, 12, 0.85),
+    default_policy("kitchen"): ("kitchen", "pretrain", 4, 4, 0.75),
+    default_policy("lift"): ("lift", "pretrain", 16, 4, 0.75),
+    default_policy("transport"): ("transport", "finetune", 4, 2, 0.4),
 }
 
 

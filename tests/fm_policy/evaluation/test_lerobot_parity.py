@@ -61,6 +61,6 @@ def test_rows_are_those_of_lerobot(make_checkpoint, short_pusht, fields):
 def test_rows_of_the_shipped_policy_are_those_of_lerobot():
     """Whole episodes of a policy that can push: some succeed, and end early."""
     checkpoint, task = load_checkpoint(default_policy(), nfe=2), make_env_config("pusht_a", starts="random_state")
-    rows = our_rows(checkpoint, task, 8)
-    assert rows == lerobot_rows(checkpoint, task, 8)
+    rows = our_rows(checkpoint, task, 16)
+    assert rows == lerobot_rows(checkpoint, task, 16)
     assert {success for _, _, success in rows} == {True, False}

@@ -97,13 +97,13 @@ import os, sys, time
 from datetime import timedelta
 from pathlib import Path
 from fm_policy.evaluation import ranks
-ranks.MEETING = timedelta(seconds=3)
+ranks.MEETING = timedelta(seconds=5)
 late, folder = int(sys.argv[1]), Path(sys.argv[2])
 (folder / os.environ["RANK"]).touch()
 while len(list(folder.iterdir())) < 2:  # imports may take one longer than the other
     time.sleep(0.01)
 rank = ranks.join()
-time.sleep(6 * (rank.number == late))
+time.sleep(10 * (rank.number == late))
 rank.wait()
 print("together")
 """
