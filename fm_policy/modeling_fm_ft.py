@@ -31,6 +31,7 @@ from fm_policy.flow.noise import disturbed, sample_noise
 from fm_policy.flow.solvers import CountedVelocity, Velocity
 from fm_policy.net import FlowMatchingNet
 from fm_policy.repeatable import of_step
+from fm_policy.velocity.unet1d import lay_weights
 
 
 class FlowMatchingPolicy(PreTrainedPolicy):
@@ -127,6 +128,12 @@ class FlowMatchingPolicy(PreTrainedPolicy):
             still.append(self.net.encoder)
         for module in still:
             module.eval()
+        # What an optimiser moves lies as torch lays it: LeRobot saves contiguous tensors only.
+        lay_weights(self.net, channels_last=not (mode or self._trains))
+        if self.config.use_ema:
+            lay_weights(self.ema_net, channels_last=not mode)
+        if hasattr(self, "base_net"):
+            lay_weights(self.base_net, channels_last=True)
         return self
 
     def forward(self, batch: dict[str, Tensor], reduction: Reduction = "mean") -> tuple[Tensor, dict[str, float]]:

@@ -8,6 +8,7 @@ import torch
 from fm_policy.ema import ema_decay
 from fm_policy.flow.losses import masked_mse
 from fm_policy.flow.noise import sample_noise
+from fm_policy.velocity import unet1d
 
 
 def train(policy, batch, steps=3, lr=1e-2):
@@ -156,6 +157,40 @@ class TestEma:
         train(policy, tiny.windows(policy.config))
         assert not any(name.startswith("ema") for name in policy.state_dict())
         assert policy.eval().active_net is policy.net
+
+
+class TestLayout:
+    """Channels last is for acting: an optimiser's tensors lie as the weights do, and LeRobot saves contiguous ones."""
+
+    @pytest.fixture(autouse=True)
+    def _any_processor(self, monkeypatch):
+        monkeypatch.setattr(unet1d, "AVX512", False)
+
+    def test_a_policy_that_acts_has_it_and_one_in_training_has_not(self, tiny):
+        policy = tiny.policy()
+        weights = [net.velocity.down[0][0].second[0].weight for net in (policy.net, policy.ema_net)]
+        assert all(weight.is_contiguous() for weight in weights)
+        policy.eval()
+        assert not any(weight.is_contiguous() for weight in weights)
+        policy.train()
+        assert all(weight.is_contiguous() for weight in weights)
+        assert weights[0] is policy.net.velocity.down[0][0].second[0].weight
+
+    def test_what_a_trainer_trains_never_has_it(self, tiny):
+        policy = tiny.finetuning(use_ema=True)
+        copies = policy.base_net, policy.ema_net
+        for mode in (True, False, True):
+            policy.train(mode)
+            assert all(parameter.is_contiguous() for parameter in policy.get_optim_params())
+            lie = [net.velocity.down[0][0].second[0].channels_last for net in copies]
+            assert lie == [True, not mode]
+
+    def test_a_checkpoint_of_either_is_the_same(self, tiny, tmp_path):
+        policy = tiny.policy()
+        policy.save_pretrained(tmp_path / "trained")
+        policy.eval().save_pretrained(tmp_path / "acting")
+        files = [tmp_path / name / "model.safetensors" for name in ("trained", "acting")]
+        assert files[0].read_bytes() == files[1].read_bytes()
 
 
 class TestInference:

@@ -176,19 +176,59 @@ def test_transformer_starts_at_zero_velocity():
     assert net(0.5, torch.randn(2, HORIZON, ACTION_DIM), torch.randn(2, OBS_DIM)).abs().max() == 0
 
 
-class TestConvolutionOfFewRows:
-    """The way of a robot's batch is torch's convolution, to rounding."""
+class TestConvolutionAsProduct:
+    """For few rows, and for any where the weights lie channels last, it is torch's convolution, to rounding."""
+
+    @pytest.fixture(autouse=True)
+    def _any_processor(self, monkeypatch):
+        monkeypatch.setattr(unet1d, "AVX512", False)
 
     @pytest.mark.parametrize(("inputs", "outputs", "width", "stride"), [(7, 6, 5, 1), (4, 4, 3, 2), (3, 5, 1, 1)])
-    @pytest.mark.parametrize("rows", [1, unet1d.FEW_ROWS])
-    def test_equals_torchs_and_so_does_its_gradient(self, rows, inputs, outputs, width, stride):
+    @pytest.mark.parametrize(("rows", "laid"), [(1, False), (unet1d.FEW_ROWS, False), (1, True), (9, True)])
+    def test_equals_torchs_and_so_does_its_gradient(self, rows, laid, inputs, outputs, width, stride, monkeypatch):
         ours = unet1d.Conv1d(inputs, outputs, width, stride=stride, padding=width // 2).double()
         its = nn.Conv1d(inputs, outputs, width, stride=stride, padding=width // 2).double()
         its.load_state_dict(ours.state_dict())
+        unet1d.lay_weights(ours, laid)
         x = torch.randn(rows, inputs, 8, dtype=torch.double, requires_grad=True)
-        torch.testing.assert_close(ours(x), its(x))
-        gradients = [torch.autograd.grad(conv(x).sin().sum(), (x, *conv.parameters())) for conv in (ours, its)]
-        torch.testing.assert_close(*gradients)
+        expected = its(x)
+        gradients = torch.autograd.grad(expected.sin().sum(), (x, *its.parameters()))
+        monkeypatch.setattr(nn.Conv1d, "forward", lambda *_: pytest.fail("that is torch's"))
+        torch.testing.assert_close(ours(x), expected)
+        torch.testing.assert_close(torch.autograd.grad(ours(x).sin().sum(), (x, *ours.parameters())), gradients)
+
+    def test_many_rows_are_torchs_unless_the_weights_lie_channels_last(self):
+        conv, x = unet1d.Conv1d(4, 6, 3, padding=1), torch.randn(unet1d.FEW_ROWS + 1, 4, 8)
+        assert torch.equal(conv(x), nn.Conv1d.forward(conv, x))
+
+    def test_laid_weights_are_the_same_weights(self):
+        net, x, o = small_nets()["unet"], torch.randn(16, HORIZON, ACTION_DIM), torch.randn(16, OBS_DIM)
+        weights = {name: value.clone() for name, value in net.state_dict().items()}
+        parameters, conv = list(net.parameters()), net.down[0][0].second[0]
+        with torch.no_grad():
+            expected = net(0.3, x, o)
+            unet1d.lay_weights(net, channels_last=True)
+            assert conv.weight.transpose(1, 2).is_contiguous() and not conv.weight.is_contiguous()
+            torch.testing.assert_close(net(0.3, x, o), expected, atol=1e-5, rtol=1e-4)
+            net.load_state_dict(weights)  # into weights that lie so
+            assert conv.weight.transpose(1, 2).is_contiguous()
+            assert all(torch.equal(value, weights[name]) for name, value in net.state_dict().items())
+            unet1d.lay_weights(net, channels_last=False)
+            assert all(value.is_contiguous() for value in net.state_dict().values())
+            assert torch.equal(net(0.3, x, o), expected)
+        assert all(a is b for a, b in zip(net.parameters(), parameters, strict=True))
+
+    def test_a_row_has_the_same_bits_in_any_multiple_of_16_rows(self):
+        net, x, o = small_nets()["unet"], torch.randn(48, HORIZON, ACTION_DIM), torch.randn(48, OBS_DIM)
+        unet1d.lay_weights(net, channels_last=True)
+        with torch.no_grad():
+            assert torch.equal(net(0.3, x[16:32], o[16:32]), net(0.3, x, o)[16:32])
+
+    def test_with_avx_512_the_weights_stay_as_they_lie(self, monkeypatch):
+        monkeypatch.setattr(unet1d, "AVX512", True)
+        net = small_nets()["unet"]
+        unet1d.lay_weights(net, channels_last=True)
+        assert all(value.is_contiguous() for value in net.state_dict().values())
 
     def test_a_row_alone_is_what_it_is_among_many(self):
         net = Unet1d(3, 5, down_dims=(16, 32), n_groups=4, time_embed_dim=16).eval()
