@@ -9,6 +9,8 @@ from lerobot.policies.rtc import RTCConfig, RTCProcessor
 from torch import Tensor
 
 from env_configs.fm_sim.motors import make_env, readings
+from fm_policy.assets import pretrained_policy
+from fm_policy.deploy.as_motors import as_motors
 from fm_policy.deploy.rtc import METHODS, SCHEDULES, aligned, guidance_weight, guided, prefix_weights, warm_start
 from fm_policy.evaluation.checkpoint import load_checkpoint
 from fm_policy.flow.solvers import integrate
@@ -145,8 +147,11 @@ def test_a_warm_start_lies_on_the_straight_path():
 
 
 @pytest.fixture(scope="module")
-def shipped(motors_policy):
-    return load_checkpoint(motors_policy)
+def shipped(tmp_path_factory):
+    """The pre-trained one: a tuned one is bound to its grid, and here several are asked for."""
+    folder = tmp_path_factory.mktemp("pretrained") / "motors"
+    as_motors(pretrained_policy(), folder)
+    return load_checkpoint(folder)
 
 
 @pytest.fixture
