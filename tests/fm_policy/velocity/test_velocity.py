@@ -218,6 +218,13 @@ class TestConvolutionAsProduct:
             assert torch.equal(net(0.3, x, o), expected)
         assert all(a is b for a, b in zip(net.parameters(), parameters, strict=True))
 
+    def test_weights_laid_in_inference_mode_can_be_trained(self):
+        net, x, o = small_nets()["unet"], torch.randn(16, HORIZON, ACTION_DIM), torch.randn(16, OBS_DIM)
+        with torch.inference_mode():
+            unet1d.lay_weights(net, channels_last=True)
+        net(0.3, x, o).sum().backward()
+        assert all(parameter.grad is not None for parameter in net.parameters())
+
     def test_a_row_has_the_same_bits_in_any_multiple_of_16_rows(self):
         net, x, o = small_nets()["unet"], torch.randn(48, HORIZON, ACTION_DIM), torch.randn(48, OBS_DIM)
         unet1d.lay_weights(net, channels_last=True)
